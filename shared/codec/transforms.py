@@ -1,0 +1,140 @@
+"""The float transforms: g_a, h_a and g_s, residual CNNs after arXiv 2108.09993, made lean.
+
+Nothing here decides how a symbol is coded: h_a's output is rounded and sent, g_s runs after decoding. What both
+sides must agree on bit by bit is in `shared.codec.hyper`.
+
+            x [3, H, W]
+     g_a    unshuffle 4 -> conv -> down -> 2 res @ 1/8 -> down -> res @ 1/16 -> conv  -> y  [M, H/16, W/16]
+     h_a    conv -> down -> down                                                      -> z  [Z, H/64, W/64]
+     g_s    conv -> res @ 1/16 -> up -> 2 res @ 1/8 -> up -> res @ 1/4 -> conv -> shuffle 4 -> x_hat
+
+All work is at 1/4 resolution and below: memory traffic and kernel count rule speed there, not multiplications
+(Jia et al., DCVC-RT, CVPR 2025). The last layer of g_a and of g_s run in float32 whatever the rest runs in, because
+bfloat16 steps by 1 above 128 and would quantise latents and pixels itself.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STRIDE_Y = 16  # pixels per latent
+STRIDE_Z = 64  # pixels per hyper-latent; frames are padded to a multiple of it
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Channel counts of the codec.
+
+    `c4`, `c8`, `c16`: channels at 1/4, 1/8 and 1/16 resolution. `m`: latent channels. `z`: hyper-latent channels.
+    `h`: channels inside h_a and h_s.
+    """
+
+    c4: int = 64
+    c8: int = 128
+    c16: int = 160
+    m: int = 128
+    z: int = 64
+    h: int = 64
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(x))), both 3x3; the second convolution starts small so that the block starts near identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv2(F.relu(self.conv1(x)))
+        return out
+
+
+class _Float32Conv(nn.Conv2d):
+    """A convolution that stays in float32 under autocast and after the module around it was cast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class AnalysisTransform(nn.Module):
+    """g_a: x [B, 3, H, W] in [0, 1], sides multiples of 64 -> y [B, M, H/16, W/16], float32."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, arch.c4, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(arch.c4, arch.c8, 3, stride=2, padding=1),
+            ResidualBlock(arch.c8),
+            ResidualBlock(arch.c8),
+            nn.Conv2d(arch.c8, arch.c16, 3, stride=2, padding=1),
+            ResidualBlock(arch.c16),
+        )
+        self.last = _Float32Conv(arch.c16, arch.m, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.body(x - 0.5))
+        return y
+
+
+class SynthesisTransform(nn.Module):
+    """g_s: y_hat [B, M, h, w] -> x_hat [B, 3, 16 h, 16 w], float32, not yet clamped to [0, 1]."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(arch.m, arch.c16, 3, padding=1),
+            ResidualBlock(arch.c16),
+            nn.Conv2d(arch.c16, 4 * arch.c8, 1),
+            nn.PixelShuffle(2),
+            ResidualBlock(arch.c8),
+            ResidualBlock(arch.c8),
+            nn.Conv2d(arch.c8, 4 * arch.c4, 1),
+            nn.PixelShuffle(2),
+            ResidualBlock(arch.c4),
+        )
+        self.last = _Float32Conv(arch.c4, 48, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(4)
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        x_hat: Tensor = self.shuffle(self.last(self.body(y_hat))) + 0.5
+        return x_hat
+
+
+class HyperAnalysisTransform(nn.Module):
+    """h_a: scaled y [B, M, h, w] -> z [B, Z, h/4, w/4], float32."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(arch.m, arch.h, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(arch.h, arch.h, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.last = _Float32Conv(arch.h, arch.z, 3, stride=2, padding=1)
+
+    def forward(self, y: Tensor) -> Tensor:
+        z: Tensor = self.last(self.body(y))
+        return z
+
+
+def interpolate_levels(log_gains: Tensor, quality_steps: Tensor) -> Tensor:
+    """Per-channel gains at fractional qualities, log-linear between the trained levels (Cui et al., CVPR 2021).
+
+    `log_gains`: float [8, C]; `quality_steps`: int [B] in [256, 2048] -> float [B, C, 1, 1].
+    """
+    position = (quality_steps - 256).clamp(0, 7 * 256)
+    low = (position // 256).clamp(max=6)
+    fraction = ((position - low * 256).to(log_gains.dtype) / 256).unsqueeze(1)
+    return torch.lerp(log_gains[low], log_gains[low + 1], fraction).exp()[:, :, None, None]

@@ -1,0 +1,102 @@
+"""The codec as it is trained: float h_s, additive uniform noise, CompressAI's entropy models.
+
+    x -> g_a -> y -> * gain[level] -> + noise or round -> * 1/gain'[level] -> g_s -> x_hat
+                        |-> h_a -> z -> entropy bottleneck -> z_hat -> h_s (+ level bias) -> means, log scales
+
+The mean & scale hyperprior is Minnen et al. 2018; gains a quality level are Cui et al., CVPR 2021. What ships is
+made from this by `trainer.export`: h_s becomes integer, the entropy models become tables.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.codec.transforms import (
+    AnalysisTransform,
+    Architecture,
+    HyperAnalysisTransform,
+    SynthesisTransform,
+    interpolate_levels,
+)
+
+LEVELS = 8
+SCALE_MIN = 0.11
+SCALE_MAX = 256.0
+
+
+class HyperSynthesis(nn.Module):
+    """Float h_s: z_hat [B, Z, hz, wz] -> means, log scales, each [B, M, 4 hz, 4 wz].
+
+    The first layer adds a bias a quality level, the one place where h_s sees the quality.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(arch.z, 4 * arch.h, 3, padding=1)
+        self.conv2 = nn.Conv2d(arch.h, 4 * arch.h, 3, padding=1)
+        self.conv3 = nn.Conv2d(arch.h, 2 * arch.m, 3, padding=1)
+        self.level_bias = nn.Parameter(torch.zeros(LEVELS, 4 * arch.h))
+
+    def forward(self, z_hat: Tensor, quality_steps: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(z_hat.device.type, enabled=False):
+            bias = interpolate_bias(self.level_bias, quality_steps)
+            a = F.relu(F.pixel_shuffle(self.conv1(z_hat) + bias, 2))
+            a = F.relu(F.pixel_shuffle(self.conv2(a), 2))
+            means, log_scales = self.conv3(a).chunk(2, dim=1)
+        return means, log_scales
+
+
+def interpolate_bias(table: Tensor, quality_steps: Tensor) -> Tensor:
+    """Linear between levels: float [8, C], int [B] in [256, 2048] -> float [B, C, 1, 1]."""
+    position = (quality_steps - 256).clamp(0, 7 * 256)
+    low = (position // 256).clamp(max=6)
+    fraction = ((position - low * 256).to(table.dtype) / 256).unsqueeze(1)
+    return torch.lerp(table[low], table[low + 1], fraction)[:, :, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOutput:
+    """`x_hat` [B, 3, H, W]; `bits_y`, `bits_z`: bits a picture, [B] (paper eq. 2); `y` scaled latents [B, M, h, w]."""
+
+    x_hat: Tensor
+    bits_y: Tensor
+    bits_z: Tensor
+    y: Tensor
+
+
+class TrainableCodec(nn.Module):
+    def __init__(self, arch: Architecture | None = None, *, gain_span: float = 12.0) -> None:
+        """`gain_span`: ratio of the finest to the coarsest quantisation step at the start of training."""
+        super().__init__()
+        self.arch = arch or Architecture()
+        self.g_a = AnalysisTransform(self.arch)
+        self.g_s = SynthesisTransform(self.arch)
+        self.h_a = HyperAnalysisTransform(self.arch)
+        self.h_s = HyperSynthesis(self.arch)
+        self.entropy_bottleneck = EntropyBottleneck(self.arch.z)
+        self.gaussian = GaussianConditional(None, scale_bound=SCALE_MIN)
+        start = torch.linspace(-0.5, 0.5, LEVELS) * torch.log(torch.tensor(gain_span))
+        self.log_gain = nn.Parameter(start[:, None].repeat(1, self.arch.m))
+        self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, self.arch.m))
+
+    def forward(self, x: Tensor, quality_steps: Tensor, *, rounded: float = 0.0) -> TrainingOutput:
+        """`rounded`: 0 feeds g_s noisy latents; 1 feeds it rounded ones, straight-through (Minnen & Singh 2020)."""
+        y = self.g_a(x) * interpolate_levels(self.log_gain, quality_steps)
+        z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
+        means, log_scales = self.h_s(z_hat, quality_steps)
+        scales = log_scales.clamp(max=5.6).exp()  # the lower bound, with its own gradient rule, is in `gaussian`
+        y_noisy, y_likelihoods = self.gaussian(y, scales, means=means)
+        if rounded > 0:
+            residual = y - means
+            y_hat = y + (residual.round() - residual).detach()
+            y_noisy = torch.lerp(y_noisy, y_hat, rounded)
+        x_hat = self.g_s(y_noisy * interpolate_levels(self.log_inverse_gain, quality_steps))
+        return TrainingOutput(
+            x_hat=x_hat,
+            bits_y=-torch.log2(y_likelihoods).flatten(1).sum(1),
+            bits_z=-torch.log2(z_likelihoods).flatten(1).sum(1),
+            y=y,
+        )
