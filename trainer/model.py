@@ -82,11 +82,16 @@ class TrainableCodec(nn.Module):
         self.log_gain = nn.Parameter(start[:, None].repeat(1, self.arch.m))
         self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, self.arch.m))
 
+    def medians(self) -> Tensor:
+        """Medians of the factorised prior, [1, Z, 1, 1], without gradient."""
+        return self.entropy_bottleneck.quantiles[:, 0, 1].detach()[None, :, None, None]
+
     def forward(self, x: Tensor, quality_steps: Tensor, *, rounded: float = 0.0) -> TrainingOutput:
         """`rounded`: 0 feeds g_s noisy latents; 1 feeds it rounded ones, straight-through (Minnen & Singh 2020)."""
         y = self.g_a(x) * interpolate_levels(self.log_gain, quality_steps)
         z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
-        means, log_scales = self.h_s(z_hat, quality_steps)
+        # h_s sees symbols: zero is the median, at the border's zero padding too
+        means, log_scales = self.h_s(z_hat - self.medians(), quality_steps)
         scales = log_scales.clamp(max=5.6).exp()  # the lower bound, with its own gradient rule, is in `gaussian`
         y_noisy, y_likelihoods = self.gaussian(y, scales, means=means)
         if rounded > 0:

@@ -49,18 +49,26 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Symbols:
-    """What the entropy coder codes, and what decides it.
+    """What the entropy coder codes, and what decides how: the same on both sides, bit by bit.
 
     `z_hat`: int32 [Z, hz, wz], rounded hyper-latents.
-    `symbols`: int32 [M, h, w], round(y - mean) in units of the quantisation step.
-    `quality`: integer in 1/256 steps, [256, 2048].
+    `symbols`: int32 [M, hy, wy], round(y - mean) in quantisation steps.
+    `means`: int32 [M, hy, wy], in 1/16 of the quantisation step; `scale_indexes`: uint8 [M, hy, wy]. Both from h_s.
+    `quality`: integer in 1/256 steps, [256, 2048]. `height`, `width`: of the frame, pixels.
     """
 
     z_hat: NDArray[np.int32]
     symbols: NDArray[np.int32]
+    means: NDArray[np.int32]
+    scale_indexes: NDArray[np.uint8]
     quality: int
     height: int
     width: int
+
+    @property
+    def y_hat(self) -> NDArray[np.int32]:
+        """Quantised latents in 1/16 of the quantisation step, int32 [M, hy, wy]; exact on every machine."""
+        return self.symbols * np.int32(16) + self.means
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""Weights bundle: a folder with `model.safetensors` and `manifest.json`, and nothing that can run code.
+
+The model id is the SHA-256 over everything that decides a bit of the bitstream or a pixel: format, architecture,
+skip threshold and every tensor's name, type, shape and bytes. What training needs to go on (`training.*` tensors)
+and what is only told (provenance, measured rates) are left out of it, so they can be mended without a new id.
+
+    tensors     g_a.* h_a.* g_s.*   float16 [as in shared.codec.transforms]
+                gain.log, gain.log_inverse   float32 [8, M]
+                h_s.*               integers, see shared.codec.hyper
+                tables.y.*, tables.z.*   entropy tables, see shared.codec.tables
+                training.*          float16: float h_s, entropy bottleneck
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from shared.codec.transforms import Architecture
+from shared.errors import InvalidBundle, UnknownModel
+
+FORMAT = 1
+TENSORS = "model.safetensors"
+MANIFEST = "manifest.json"
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A codec's weights, checked. `skip_below`: scale indexes under it are not coded, their symbols are 0.
+
+    `info`: the manifest's descriptive part (name, provenance, measured rate-accuracy table), as written at export.
+    """
+
+    model_id: str
+    name: str
+    architecture: Architecture
+    skip_below: int
+    arrays: Arrays
+    info: Mapping[str, Any]
+
+
+def compute_model_id(architecture: Architecture, skip_below: int, arrays: Arrays) -> str:
+    """Hex SHA-256 over what decides bits and pixels, see the module's head."""
+    digest = hashlib.sha256()
+    head = {"format": FORMAT, "architecture": architecture.as_dict(), "skip_below": skip_below}
+    digest.update(json.dumps(head, sort_keys=True).encode())
+    for name in sorted(arrays):
+        if name.startswith("training."):
+            continue
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"\n{name} {array.dtype.str} {list(array.shape)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save_bundle(
+    folder: Path, *, name: str, architecture: Architecture, skip_below: int, arrays: Arrays, info: Mapping[str, Any]
+) -> Bundle:
+    """Write a bundle; `info` must be JSON-able. Returns it with its model id. Files are replaced atomically."""
+    model_id = compute_model_id(architecture, skip_below, arrays)
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "model_id": model_id,
+        "architecture": architecture.as_dict(),
+        "skip_below": skip_below,
+        **info,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, described = folder / (TENSORS + ".new"), folder / (MANIFEST + ".new")
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tensors)
+    described.write_text(json.dumps(manifest, indent=2) + "\n")
+    tensors.replace(folder / TENSORS)
+    described.replace(folder / MANIFEST)
+    return Bundle(model_id, name, architecture, skip_below, arrays, info)
+
+
+def load_bundle(reference: str | Path) -> Bundle:
+    """Load a bundle by the name of a bundled one (`detection`) or by folder, and check its id.
+
+    Raises UnknownModel where there is none, InvalidBundle where one is damaged or of another format.
+    """
+    folder = find_bundle(reference)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        arrays = load_file(folder / TENSORS)
+        head = {key: manifest.pop(key) for key in ("format", "name", "model_id", "architecture", "skip_below")}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InvalidBundle(f"{folder}: expected a codec bundle, got {type(error).__name__}: {error}") from error
+    if head["format"] != FORMAT:
+        raise InvalidBundle(f"{folder}: expected bundle format {FORMAT}, got {head['format']!r}")
+    try:
+        architecture = Architecture(**head["architecture"])
+    except TypeError as error:
+        raise InvalidBundle(f"{folder}: unknown architecture {head['architecture']!r}: {error}") from error
+    model_id = compute_model_id(architecture, head["skip_below"], arrays)
+    if model_id != head["model_id"]:
+        raise InvalidBundle(f"{folder}: the manifest names model id {head['model_id']}, the content has {model_id}")
+    return Bundle(model_id, head["name"], architecture, head["skip_below"], arrays, manifest)
+
+
+def find_bundle(reference: str | Path) -> Path:
+    """The folder of a codec bundle. Raises UnknownModel naming the bundled ones."""
+    for folder in (Path(reference), WEIGHTS / str(reference)):
+        if (folder / MANIFEST).is_file() and (folder / TENSORS).is_file():
+            return folder
+    raise UnknownModel(
+        f"no codec bundle {str(reference)!r}: expected a folder with {MANIFEST} and {TENSORS}, "
+        f"or one of {', '.join(bundled_names()) or 'none bundled'}"
+    )
+
+
+def bundled_names() -> list[str]:
+    """Names of the codec bundles that ship with the product."""
+    names = []
+    for manifest in sorted(WEIGHTS.glob(f"*/{MANIFEST}")):
+        if "skip_below" in json.loads(manifest.read_text()):
+            names.append(manifest.parent.name)
+    return names

@@ -1,0 +1,329 @@
+"""Frame in, bitstream out, and back: the codec as edge and cloud call it.
+
+    encode   rgb -> g_a -> y * gain -> h_a -> round -> z_hat -> h_s -> round(y - mean) -> rANS
+    decode   rANS -> z_hat -> h_s -> rANS -> symbols + mean -> / gain -> g_s -> rgb
+
+Left of z_hat and right of y_hat floats rule; between them all is integer (see `shared.codec.hyper`). Frames larger
+than `BAND_PIXELS` pass g_a and g_s in overlapping bands of rows, so that memory stays bounded; the overlap exceeds
+the transforms' receptive field, so that a band's inside is what the whole frame would have given.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.codec import bitstream as bits
+from shared.codec import rans
+from shared.codec.bundle import Bundle, load_bundle
+from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis
+from shared.codec.tables import EntropyTables
+from shared.codec.transforms import (
+    STRIDE_Y,
+    AnalysisTransform,
+    HyperAnalysisTransform,
+    SynthesisTransform,
+    interpolate_levels,
+)
+from shared.codec.types import QUALITY_MAX, QUALITY_MIN, Bitstream, Frame, Symbols, quality_to_steps
+from shared.errors import InvalidBitstream, InvalidBundle, NumericalError, UnknownModel
+
+_Transform = TypeVar("_Transform", AnalysisTransform, HyperAnalysisTransform, SynthesisTransform)
+
+BAND_PIXELS = 3_000_000
+HALO = 8  # latent rows; the receptive field of either transform ends within 6
+SYMBOL_MAX = 2**24  # beyond it neither float32 latents nor int32 y_hat in 1/16 steps are exact
+
+
+@dataclass(frozen=True, slots=True)
+class LatentShape:
+    """Shapes of what is coded for a frame: `y` (M, hy, wy) and `z` (Z, hz, wz)."""
+
+    y: tuple[int, int, int]
+    z: tuple[int, int, int]
+
+
+class Codec:
+    """One weights bundle, ready to encode and decode. Safe to call from several threads.
+
+    `device`: "cpu" or "cuda[:n]". `dtype`: of the transforms' bodies, float32, bfloat16 or float16; by default
+    bfloat16 where the processor computes in it, else float32. `threads`: sets torch's process-wide thread count.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.bundle = bundle
+        self.model_id = bundle.model_id
+        self.device = torch.device(device)
+        self.dtype = dtype or _fast_dtype(self.device)
+        arch = bundle.architecture
+        self.g_a = self._transform("g_a", AnalysisTransform(arch))
+        self.h_a = self._transform("h_a", HyperAnalysisTransform(arch))
+        self.g_s = self._transform("g_s", SynthesisTransform(arch))
+        self.h_s = HyperSynthesis(IntegerHyperSynthesis.from_arrays(bundle.arrays), self.device)
+        self._log_gain = torch.from_numpy(bundle.arrays["gain.log"].astype(np.float32)).to(self.device)
+        self._log_inverse_gain = torch.from_numpy(bundle.arrays["gain.log_inverse"].astype(np.float32)).to(self.device)
+        self.tables_y = EntropyTables.from_arrays(bundle.arrays, "tables.y")
+        self.tables_z = EntropyTables.from_arrays(bundle.arrays, "tables.z")
+
+    @classmethod
+    def load(
+        cls,
+        reference: str | Path = "detection",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        threads: int | None = None,
+    ) -> "Codec":
+        """Load a bundled codec by name or a bundle by folder. Raises UnknownModel, InvalidBundle."""
+        return cls(load_bundle(reference), device=device, dtype=dtype, threads=threads)
+
+    # -- the two ways through ------------------------------------------------------------------------------------
+
+    def encode(self, frame: Frame, quality: float = 4.0) -> Bitstream:
+        """Code one frame at a quality in [1, 8]. Raises InvalidQuality, NumericalError."""
+        return self.encode_batch([frame], quality)[0]
+
+    def decode(self, bitstream: Bitstream) -> Frame:
+        """Decode one bitstream. Raises InvalidBitstream, UnknownModel."""
+        return self.decode_batch([bitstream])[0]
+
+    def encode_batch(self, frames: Sequence[Frame], quality: float = 4.0) -> list[Bitstream]:
+        """Code frames of any sizes; frames of one size pass the transforms together."""
+        return [self.pack(symbols) for symbols in self.analyse(frames, quality)]
+
+    def decode_batch(self, bitstreams: Sequence[Bitstream]) -> list[Frame]:
+        """Decode bitstreams of any sizes; frames of one size pass the transforms together."""
+        return self.synthesise([self.unpack(stream) for stream in bitstreams])
+
+    def encode_to_size(self, frame: Frame, target_bytes: int) -> Bitstream:
+        """The highest quality whose byte form is at most `target_bytes`; quality 1 where none is that small.
+
+        Bisects over quality; the transform runs once. Size grows with quality, though not strictly: the answer
+        fits, a slightly higher quality that also fits may exist.
+        """
+        y = self._latents([frame])
+        low, high = QUALITY_MIN, QUALITY_MAX
+        best = self.pack(self._quantise(y, [low], [frame])[0])
+        while low < high:
+            middle = (low + high + 1) // 2
+            candidate = self.pack(self._quantise(y, [middle], [frame])[0])
+            if len(bits.to_bytes(candidate)) <= target_bytes:
+                low, best = middle, candidate
+            else:
+                high = middle - 1
+        return best
+
+    def reconstruct_unquantised(self, frame: Frame, quality: float = 8.0) -> Frame:
+        """g_s(g_a(x)) with neither rounding nor coding: the control that shows what quantisation costs."""
+        steps = torch.tensor([quality_to_steps(quality)], device=self.device)
+        gain = interpolate_levels(self._log_gain, steps) * interpolate_levels(self._log_inverse_gain, steps)
+        return self._synthesise_group(self._latents([frame]) * gain, [(frame.height, frame.width)])[0]
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def analyse(self, frames: Sequence[Frame], quality: float = 4.0) -> list[Symbols]:
+        """Transform and quantise: everything of encoding but the entropy coder."""
+        steps = quality_to_steps(quality)
+        out: list[Symbols | None] = [None] * len(frames)
+        for group in _groups([(f.height, f.width) for f in frames]):
+            members = [frames[i] for i in group]
+            for i, symbols in zip(
+                group, self._quantise(self._latents(members), [steps] * len(members), members), strict=True
+            ):
+                out[i] = symbols
+        return [symbols for symbols in out if symbols is not None]
+
+    def pack(self, symbols: Symbols) -> Bitstream:
+        """Entropy-code both streams."""
+        return Bitstream(
+            model_id=self.model_id,
+            quality=symbols.quality,
+            height=symbols.height,
+            width=symbols.width,
+            hyper=rans.encode(symbols.z_hat.ravel(), _channel_indexes(symbols.z_hat.shape), self.tables_z),
+            latents=rans.encode(
+                symbols.symbols.ravel(), symbols.scale_indexes.ravel(), self.tables_y, self.bundle.skip_below
+            ),
+            symbols_crc=bits.symbols_crc(
+                symbols.quality, symbols.height, symbols.width, symbols.z_hat, symbols.symbols
+            ),
+        )
+
+    def unpack(self, bitstream: Bitstream) -> Symbols:
+        """Entropy-decode both streams and check the symbols. Raises InvalidBitstream, UnknownModel."""
+        if bitstream.model_id != self.model_id:
+            raise UnknownModel(f"bitstream is for model {bitstream.model_id}, this codec is {self.model_id}")
+        shape = self.latent_shape(bitstream.height, bitstream.width)
+        z_hat = rans.decode(bitstream.hyper, _channel_indexes(shape.z), self.tables_z).reshape(shape.z)
+        means, indexes = self.h_s(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape.y[1], shape.y[2]))
+        scale_indexes = indexes[0].cpu().numpy()
+        symbols = rans.decode(bitstream.latents, scale_indexes.ravel(), self.tables_y, self.bundle.skip_below)
+        if symbols.size and max(int(symbols.max()), -int(symbols.min())) >= SYMBOL_MAX:
+            raise InvalidBitstream(f"expected symbols below {SYMBOL_MAX} in size, the latent stream has larger ones")
+        symbols = symbols.reshape(shape.y)
+        crc = bits.symbols_crc(bitstream.quality, bitstream.height, bitstream.width, z_hat, symbols)
+        if crc != bitstream.symbols_crc:
+            raise InvalidBitstream(
+                f"decoded symbols have CRC-32C {crc:08x}, expected {bitstream.symbols_crc:08x}: damaged stream, or "
+                "encoder and decoder differ in tables or arithmetic"
+            )
+        return Symbols(
+            z_hat,
+            symbols,
+            means[0].cpu().numpy(),
+            scale_indexes,
+            bitstream.quality,
+            bitstream.height,
+            bitstream.width,
+        )
+
+    def synthesise(self, symbols: Sequence[Symbols]) -> list[Frame]:
+        """y_hat to pictures; frames of one size pass g_s together."""
+        out: list[Frame | None] = [None] * len(symbols)
+        for group in _groups([(s.height, s.width) for s in symbols]):
+            members = [symbols[i] for i in group]
+            y_hat = torch.from_numpy(np.stack([s.y_hat for s in members])).to(self.device)
+            steps = torch.tensor([s.quality for s in members], device=self.device)
+            scaled = y_hat.float().mul_(1 / 16).mul_(interpolate_levels(self._log_inverse_gain, steps))
+            for i, frame in zip(
+                group, self._synthesise_group(scaled, [(s.height, s.width) for s in members]), strict=True
+            ):
+                out[i] = frame
+        return [frame for frame in out if frame is not None]
+
+    def latent_shape(self, height: int, width: int) -> LatentShape:
+        """What a frame of that size is coded as."""
+        hy, wy = -(-height // STRIDE_Y), -(-width // STRIDE_Y)
+        arch = self.bundle.architecture
+        return LatentShape((arch.m, hy, wy), (arch.z, -(-hy // 4), -(-wy // 4)))
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _transform(self, name: str, module: _Transform) -> _Transform:
+        prefix = name + "."
+        state = {
+            key[len(prefix) :]: torch.from_numpy(np.asarray(value))
+            for key, value in self.bundle.arrays.items()
+            if key.startswith(prefix)
+        }
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise InvalidBundle(f"bundle {self.bundle.name!r} does not fit {name}: {error}") from error
+        module = module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        module.body.to(self.dtype)
+        return module
+
+    @torch.no_grad()
+    def _latents(self, frames: Sequence[Frame]) -> Tensor:
+        """Unscaled y of frames of one size, float32 [B, M, hy, wy]."""
+        height, width = frames[0].height, frames[0].width
+        shape = self.latent_shape(height, width).y
+        if len(frames) == 1:
+            rgb = torch.from_numpy(frames[0].rgb)[None]
+        else:
+            rgb = torch.from_numpy(np.stack([f.rgb for f in frames]))
+        rgb = rgb.to(self.device).permute(0, 3, 1, 2)
+
+        def band(top: int, bottom: int) -> Tensor:
+            part = rgb[:, :, top * STRIDE_Y : bottom * STRIDE_Y]
+            x = part.to(self.dtype).div_(255)
+            missing = ((bottom - top) * STRIDE_Y - part.shape[2], shape[2] * STRIDE_Y - width)
+            if any(missing):
+                x = _replicate(x, bottom=missing[0], right=missing[1])
+            y: Tensor = self.g_a(x)
+            return y
+
+        y = _in_bands(band, shape[1], shape[2], lambda part, skip, rows: part[:, :, skip : skip + rows])
+        if not bool(torch.isfinite(y).all()):
+            raise NumericalError("g_a gave NaN or infinity; expected finite latents")
+        return y
+
+    @torch.no_grad()
+    def _quantise(self, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
+        y = y * interpolate_levels(self._log_gain, torch.tensor(qualities, device=self.device))
+        z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32)
+        means, indexes = self.h_s(z_hat, qualities, (y.shape[2], y.shape[3]))
+        residual = (y - means.to(torch.float32) * (1 / 16)).round_()
+        if float(residual.abs().max()) >= SYMBOL_MAX:
+            raise NumericalError(f"a latent is {float(residual.abs().max())} steps from its mean; expected < 2^24")
+        symbols = residual.to(torch.int32)
+        if self.bundle.skip_below:
+            symbols.masked_fill_(indexes < self.bundle.skip_below, 0)
+        columns = (z_hat.cpu().numpy(), symbols.cpu().numpy(), means.cpu().numpy(), indexes.cpu().numpy())
+        return [
+            Symbols(*(column[i] for column in columns), quality, frame.height, frame.width)
+            for i, (quality, frame) in enumerate(zip(qualities, frames, strict=True))
+        ]
+
+    @torch.no_grad()
+    def _synthesise_group(self, y: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Frame]:
+        height, width = sizes[0]
+
+        def band(top: int, bottom: int) -> Tensor:
+            x_hat = self.g_s(y[:, :, top:bottom].to(self.dtype, memory_format=torch.channels_last))
+            return x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+        def crop(part: Tensor, skip: int, rows: int) -> Tensor:
+            return part[:, :, skip * STRIDE_Y : (skip + rows) * STRIDE_Y]
+
+        rgb = _in_bands(band, y.shape[2], y.shape[3], crop)[:, :, :height, :width]
+        pictures: NDArray[np.uint8] = rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return [Frame(picture) for picture in pictures]
+
+
+def _in_bands(
+    run: Callable[[int, int], Tensor], rows: int, columns: int, crop: Callable[[Tensor, int, int], Tensor]
+) -> Tensor:
+    """Run a transform over latent rows [0, rows), whole where it is small, else in bands with a halo around each."""
+    step = max(16, BAND_PIXELS // (columns * STRIDE_Y * STRIDE_Y))
+    if rows <= step + 2 * HALO:
+        return run(0, rows)
+    parts = []
+    for top in range(0, rows, step):
+        count = min(step, rows - top)
+        start = max(0, top - HALO)
+        parts.append(crop(run(start, min(rows, top + count + HALO)), top - start, count))
+    return torch.cat(parts, dim=2)
+
+
+def _replicate(x: Tensor, *, bottom: int, right: int) -> Tensor:
+    """Pad by repeating the last row and column; F.pad would refuse pads larger than it likes in reduced precision."""
+    if right:
+        x = torch.cat([x, x[:, :, :, -1:].expand(-1, -1, -1, right)], dim=3)
+    if bottom:
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, bottom, -1)], dim=2)
+    return x
+
+
+def _groups(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Indexes of equal sizes together, in order of first appearance."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(size, []).append(i)
+    return list(groups.values())
+
+
+def _channel_indexes(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Table index of every hyper-latent: its channel."""
+    return np.repeat(np.arange(shape[0], dtype=np.uint8), shape[1] * shape[2])
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

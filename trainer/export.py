@@ -1,0 +1,99 @@
+"""From a trained codec to a weights bundle, and back to a trainable one.
+
+Export folds the factorised prior's medians into h_a (so that z_hat is plain rounding), turns the float h_s into
+integers, freezes the probability models as integer tables, and writes fp16 weights. `training.*` keeps in fp16 what
+training needs to go on: float h_s and the entropy bottleneck.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from shared.codec.tables import from_pmfs, gaussian_tables
+from torch import Tensor
+
+from shared.codec.bundle import Bundle, load_bundle, save_bundle
+from shared.codec.transforms import interpolate_levels
+from trainer.model import LEVELS, SCALE_MAX, SCALE_MIN, TrainableCodec
+from trainer.quantise import quantise_hyper_synthesis
+
+SKIP_BELOW = 3  # scale index; below it a latent is nonzero less than once in 700
+PMF_TAIL = 1e-7
+PMF_REACH = 1024
+_TRAINING_MODULES = ("h_s", "entropy_bottleneck")
+
+
+@torch.no_grad()
+def export_bundle(
+    model: TrainableCodec, calibration: Sequence[Tensor], folder: Path, *, name: str, info: Mapping[str, Any]
+) -> Bundle:
+    """Write `model` as a bundle. `calibration`: pictures [3, H, W] in [0, 1], sides multiples of 64, for ranges."""
+    model = model.eval().float()
+    medians = model.medians()
+    qualities = [256 * (level + 1) for level in range(LEVELS)]
+    z_symbols = _calibration_symbols(model, calibration, qualities, medians)
+    arrays: dict[str, NDArray[Any]] = {}
+    for prefix in ("g_a", "h_a", "g_s"):
+        for key, value in getattr(model, prefix).state_dict().items():
+            arrays[f"{prefix}.{key}"] = value.to(torch.float16).numpy()
+    folded = model.h_a.last.bias - medians.flatten()  # type: ignore[operator]
+    arrays["h_a.last.bias"] = folded.to(torch.float16).numpy()
+    arrays["gain.log"] = model.log_gain.detach().numpy().astype(np.float32)
+    arrays["gain.log_inverse"] = model.log_inverse_gain.detach().numpy().astype(np.float32)
+    arrays |= quantise_hyper_synthesis(model.h_s, z_symbols, qualities)
+    scales = np.exp(np.linspace(np.log(SCALE_MIN), np.log(SCALE_MAX), 64))
+    arrays |= gaussian_tables(scales).to_arrays("tables.y")
+    arrays |= from_pmfs(*factorised_pmfs(model)).to_arrays("tables.z")
+    for module in _TRAINING_MODULES:
+        for key, value in getattr(model, module).state_dict().items():
+            if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":
+                arrays[f"training.{module}.{key}"] = value.to(torch.float16).numpy()
+    return save_bundle(folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays, info=info)
+
+
+@torch.no_grad()
+def trainable_from_bundle(reference: str | Path) -> TrainableCodec:
+    """A bundle's weights in a model that training can go on from."""
+    bundle = load_bundle(reference)
+    model = TrainableCodec(bundle.architecture)
+    state = model.state_dict()
+    for key, value in bundle.arrays.items():
+        target = key.removeprefix("training.")
+        if target in state and not (key.startswith("h_s.")):
+            state[target] = torch.from_numpy(np.asarray(value)).to(state[target].dtype).reshape(state[target].shape)
+    state["log_gain"] = torch.from_numpy(bundle.arrays["gain.log"].copy())
+    state["log_inverse_gain"] = torch.from_numpy(bundle.arrays["gain.log_inverse"].copy())
+    model.load_state_dict(state)
+    model.h_a.last.bias.add_(model.medians().flatten())  # type: ignore[union-attr]
+    return model
+
+
+@torch.no_grad()
+def factorised_pmfs(model: TrainableCodec) -> tuple[list[NDArray[np.float64]], list[int]]:
+    """Probabilities of each hyper channel's rounded symbols and the smallest symbol of each, in float64."""
+    prior = model.entropy_bottleneck.double()
+    grid = torch.arange(-PMF_REACH, PMF_REACH + 1, dtype=torch.float64)
+    medians = prior.quantiles[:, :, 1:2].detach()
+    likelihood, _, _ = prior._likelihood(grid[None, None, :] + medians)
+    prior.float()
+    pmfs, offsets = [], []
+    for row in likelihood[:, 0].numpy():
+        kept = np.flatnonzero(row > PMF_TAIL)
+        first, last = (kept[0], kept[-1]) if len(kept) else (PMF_REACH, PMF_REACH)
+        pmfs.append(row[first : last + 1])
+        offsets.append(int(first) - PMF_REACH)
+    return pmfs, offsets
+
+
+def _calibration_symbols(
+    model: TrainableCodec, pictures: Sequence[Tensor], qualities: Sequence[int], medians: Tensor
+) -> list[Tensor]:
+    """Rounded hyper-latents of the pictures at each quality, one tensor a quality; pictures must share one size."""
+    y = model.g_a(torch.stack(list(pictures)))
+    return [
+        (model.h_a(y * interpolate_levels(model.log_gain, torch.tensor([steps] * len(y)))) - medians).round()
+        for steps in qualities
+    ]
