@@ -1,0 +1,55 @@
+"""Log lines on stderr, for people (console) or for machines (json), with the frame's name wherever there is one.
+
+A call gives facts as `extra=facts(frame=..., camera=...)`, never inside the sentence, so that both forms carry the
+same. Secrets and pictures are never facts.
+"""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_FACTS = "sightline_facts"
+
+
+def facts(**values: object) -> dict[str, Any]:
+    """`extra` of a log call: names and values that belong to the line."""
+    return {_FACTS: values}
+
+
+def frame_id(camera_id: str, epoch: int, seq: int) -> str:
+    """One word that names a frame in logs, from camera to detection."""
+    return f"{camera_id}/{epoch:016x}/{seq}"
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _utc(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, _FACTS, {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class _ConsoleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        pairs = "".join(f"  {name}={value}" for name, value in getattr(record, _FACTS, {}).items())
+        line = f"{_utc(record.created)} {record.levelname.lower():7} {record.name}: {record.getMessage()}{pairs}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
+
+
+def configure(level: str, form: str) -> None:
+    """Sets up the root logger: `level` debug|info|warning|error, `form` console|json. Once a process."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if form == "json" else _ConsoleFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,215 @@
+"""A Sightline server: gRPC with health, an HTTP page for Prometheus and probes, and an end that loses nothing.
+
+    start    bind both ports, health NOT_SERVING -> open the service -> SERVING, tell the ports
+    SIGTERM  health NOT_SERVING, /readyz 503 -> `draining` is set: streams see it and finish what they hold
+             -> new calls are refused, running ones finish -> the caller flushes -> exit 0
+             all within `drain_s`; what is still running then is cancelled
+
+One event loop a process. The HTTP page is prometheus_client's own server on its thread; what it reads from here is
+two flags and a time, so it answers `/healthz` with 503 when the loop itself hangs.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_wsgi_server
+
+from shared.errors import InvalidSettings
+from shared.metrics import build_info
+from shared.rpc import tls
+from shared.rpc.interceptors import ServerInterceptor
+from shared.settings import ServerSettings
+
+_log = logging.getLogger("sightline.rpc")
+_LOOP_HANGS_S = 30.0
+_LAST_ANSWERS_S = 0.5
+
+
+class Server:
+    """One gRPC server with its health service and HTTP page.
+
+    `services`: full name of each service and the function that adds it, e.g.
+    {"sightline.v1.EdgeService": lambda server: add_EdgeServiceServicer_to_server(servicer, server)}.
+    `draining` is set when the server is about to stop; long streams must watch it.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        services: dict[str, Callable[[grpc.aio.Server], None]],
+        *,
+        registry: CollectorRegistry,
+        draining: asyncio.Event | None = None,
+    ) -> None:
+        self._settings = settings
+        self._services = services
+        self._registry = registry
+        self._health = HealthServicer()
+        self._serving = dict.fromkeys(services, False)
+        self._beat = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._http: WSGIServer | None = None
+        self.draining = draining or asyncio.Event()
+        self.port = 0
+        self.metrics_port = 0
+        build_info(registry)
+        self._calls = ServerInterceptor(registry, self.draining)
+        self._grpc = grpc.aio.server(
+            interceptors=[self._calls],
+            options=[
+                ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
+                ("grpc.max_send_message_length", int(settings.max_message_bytes)),
+                # A port that is taken is an error, not half of somebody else's calls.
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+
+    async def start(self) -> None:
+        """Binds and starts; every service is NOT_SERVING until `set_serving`. Raises InvalidSettings."""
+        settings = self._settings
+        for name, add in self._services.items():
+            add(self._grpc)
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if settings.reflection:
+            from grpc_reflection.v1alpha import reflection  # an optional package
+
+            names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        host, port = tls.split_address(settings.listen, "listen")
+        credentials = tls.server_credentials(
+            settings.listen,
+            settings.tls_certificate,
+            settings.tls_key,
+            settings.tls_client_ca,
+            insecure=settings.insecure,
+        )
+        try:
+            if credentials is None:
+                self.port = self._grpc.add_insecure_port(settings.listen)
+            else:
+                self.port = self._grpc.add_secure_port(settings.listen, credentials)
+        except RuntimeError as error:
+            raise InvalidSettings(f"setting listen: cannot listen on {host} port {port}: {error}") from None
+        await self._grpc.start()
+        self._start_http()
+        self._tasks.append(asyncio.create_task(self._keep_beating()))
+
+    async def set_serving(self, service: str, serving: bool) -> None:
+        """What the health service says of one service, and through all of them of the whole server."""
+        self._serving[service] = serving
+        both = health_pb2.HealthCheckResponse
+        await self._health.set(service, both.SERVING if serving else both.NOT_SERVING)
+        await self._health.set("", both.SERVING if all(self._serving.values()) else both.NOT_SERVING)
+
+    @property
+    def ready(self) -> bool:
+        """Every service serves and the server is not draining."""
+        return all(self._serving.values()) and not self.draining.is_set()
+
+    async def drain(self) -> None:
+        """Ends intake and waits for running calls, at most `drain_s`."""
+        self.draining.set()
+        await self._health.enter_graceful_shutdown()
+        try:
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._calls.until_idle()
+        except TimeoutError:
+            _log.warning("calls were still running after %g s and are cut off", self._settings.drain_s)
+        # A moment for last answers to leave; health watchers do not end by themselves.
+        await self._grpc.stop(_LAST_ANSWERS_S)
+
+    async def close(self) -> None:
+        """Ends what is left at once."""
+        await self._grpc.stop(0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._http is not None:
+            await asyncio.to_thread(self._http.shutdown)
+            self._http.server_close()
+
+    def announce(self, **facts: object) -> None:
+        """Tells the bound ports: a line of JSON on stdout, and the same in `ready_file` where one is set."""
+        line = json.dumps({"ready": True, "port": self.port, "metrics_port": self.metrics_port, **facts})
+        path = self._settings.ready_file
+        if path is not None:
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(line + "\n")
+            os.replace(partial, path)
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def _start_http(self) -> None:
+        if not self._settings.metrics_listen:
+            return
+        if not self._settings.insecure and not tls.is_local(self._settings.metrics_listen):
+            raise InvalidSettings(
+                f"setting metrics_listen: {self._settings.metrics_listen} would be open to the network in plaintext; "
+                "listen on loopback, or set insecure to allow it"
+            )
+        host, port = tls.split_address(self._settings.metrics_listen, "metrics_listen")
+        try:
+            self._http, _ = start_wsgi_server(port, host, self._registry)
+        except OSError as error:
+            raise InvalidSettings(f"setting metrics_listen: cannot listen on {host} port {port}: {error}") from None
+        self._http.set_app(self._page(make_wsgi_app(self._registry)))
+        self.metrics_port = self._http.server_port
+
+    def _page(self, metrics: Any) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+        def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            path = environ.get("PATH_INFO", "")
+            if path == "/metrics":
+                body: Iterable[bytes] = metrics(environ, start_response)
+                return body
+            checks = {"/healthz": time.monotonic() - self._beat < _LOOP_HANGS_S, "/readyz": self.ready}
+            if path not in checks:
+                start_response("404 Not Found", [("Content-Type", "text/plain")])
+                return [b"/metrics, /healthz and /readyz are here\n"]
+            good = checks[path]
+            start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"ok\n" if good else b"not now\n"]
+
+        return answer
+
+    async def _keep_beating(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(1)
+
+
+@asynccontextmanager
+async def stop_on_signal() -> AsyncIterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets. A second signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        _log.info("stopping on %s", signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
