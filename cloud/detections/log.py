@@ -51,7 +51,7 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One readable record. `logged_ns`: Unix time, never decreasing along the log. `event`: serialised DetectionEvent."""
+    """One readable record. `logged_ns`: Unix time, never decreasing. `event`: a serialised DetectionEvent."""
 
     sequence: int
     logged_ns: int
