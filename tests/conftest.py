@@ -1,0 +1,52 @@
+"""What many tests share: photographs, the bundled codec, and where larger data may lie."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+
+from shared.codec.codec import Codec
+from shared.codec.types import Frame
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path | None:
+    """The folder with `coco/`, `kodak/` and `video/`, or None: set SIGHTLINE_DATA, or keep it in ../shared/data."""
+    folder = Path(os.environ.get("SIGHTLINE_DATA", ROOT.parent / "shared" / "data"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def photographs() -> dict[str, Frame]:
+    """scikit-image's photographs with objects in them, uint8 RGB."""
+    return {
+        "astronaut": Frame(skimage.data.astronaut()),
+        "coffee": Frame(skimage.data.coffee()),
+        "chelsea": Frame(skimage.data.chelsea()),
+    }
+
+
+@pytest.fixture(scope="session")
+def astronaut(photographs: dict[str, Frame]) -> Frame:
+    return photographs["astronaut"]
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    """The bundled detection codec."""
+    return Codec.load("detection")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(8)
