@@ -1,0 +1,186 @@
+"""Dynamic batching across cameras: fuller batches under load, no waiting when idle, fair between cameras.
+
+    submit --> queue a camera and shape --> batch of one shape --> run (one at a time)
+
+* A frame that finds the runner idle is run at once, alone. While a batch runs, others gather; when it is done, the
+  next batch is taken from what waits, and held for at most `max_delay_s` after its oldest frame came if it is not
+  full. Mostly the oldest has waited longer than that by then, so the hold costs nothing.
+* Fair: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over cameras. A frame's start tag is the later of
+  the virtual time (the tag last served) and the end of its camera's previous frame (that one's tag plus its cost). The
+  smallest tag is served next, its shape decides the batch, and the batch is filled by rising tag. A camera that sends
+  ten times as much waits behind its own frames. With equal costs this is round robin; the pipeline counts cost in
+  pixels, so that big frames do not crowd out small ones.
+* Bounded: `max_waiting` frames over all cameras, and at most a share of them for one camera, then Overloaded.
+* A batch that fails is run again one by one, so that a frame that cannot be run fails alone.
+"""
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from shared.errors import Overloaded
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_REMEMBERED_CAMERAS = 65_536  # past it, cameras with nothing waiting are forgotten, whatever they used
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """`max_batch`: frames in one run. `max_delay_s`: how long a batch that is not full may be held for more.
+
+    `max_waiting`: frames that may wait in all. `max_waiting_camera`: of them, how many of one camera.
+    """
+
+    max_batch: int
+    max_delay_s: float
+    max_waiting: int
+    max_waiting_camera: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batched(Generic[Result]):
+    """A result, with how long its frame waited (s) and how many frames were run together."""
+
+    result: Result
+    queue_s: float
+    batch_size: int
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    camera: str
+    came_s: float
+    done: "asyncio.Future[Batched[Result]]"
+
+
+class Batcher(Generic[Item, Result]):
+    """Runs `run` over items in batches of one shape. Belongs to one event loop; `start` and `close` it there."""
+
+    def __init__(self, run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], limits: BatchLimits) -> None:
+        self._run = run
+        self._limits = limits
+        # Per shape, a heap by tag. Ties go to who came first.
+        self._heaps: dict[Hashable, list[tuple[float, int, _Waiting[Item, Result]]]] = {}
+        self._count = itertools.count()
+        self._virtual_time = 0.0
+        self._ends: dict[str, float] = {}  # by camera, the end of its last frame in virtual time
+        self._waiting_of: dict[str, int] = {}
+        self._waiting = 0
+        self._came = asyncio.Event()
+        self._runner: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Frames that wait for a batch."""
+        return self._waiting
+
+    def start(self) -> None:
+        self._runner = asyncio.create_task(self._run_batches(), name="batcher")
+
+    async def close(self) -> None:
+        """Stops at once; what still waits is cancelled."""
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+        for heap in self._heaps.values():
+            for _, _, waiting in heap:
+                waiting.done.cancel()
+        self._heaps.clear()
+
+    async def submit(self, camera: str, shape: Hashable, item: Item, cost: float = 1.0) -> Batched[Result]:
+        """Runs `item` with others of its `shape`. Raises Overloaded if there is no room, or what running it raised."""
+        if self._waiting >= self._limits.max_waiting:
+            raise Overloaded(f"{self._waiting} frames wait to be decoded, the limit is {self._limits.max_waiting}")
+        mine = self._waiting_of.get(camera, 0)
+        if mine >= self._limits.max_waiting_camera:
+            raise Overloaded(
+                f"{mine} frames of camera {camera} wait to be decoded, "
+                f"the limit for one camera is {self._limits.max_waiting_camera}"
+            )
+        waiting: _Waiting[Item, Result] = _Waiting(
+            item, camera, time.monotonic(), asyncio.get_running_loop().create_future()
+        )
+        tag = max(self._virtual_time, self._ends.get(camera, 0.0))
+        self._ends[camera] = tag + cost
+        self._waiting_of[camera] = mine + 1
+        self._waiting += 1
+        heapq.heappush(self._heaps.setdefault(shape, []), (tag, next(self._count), waiting))
+        self._came.set()
+        return await waiting.done
+
+    async def _run_batches(self) -> None:
+        was_idle = True
+        while True:
+            if not self._waiting:
+                was_idle = True
+                self._ends.clear()  # nobody is behind anybody
+                self._virtual_time = 0.0
+                self._came.clear()
+                await self._came.wait()
+            shape = min(self._heaps, key=lambda shape: self._heaps[shape][0][:2])
+            if not was_idle:
+                await self._hold(shape)
+            was_idle = False
+            batch = self._take(shape)
+            if batch:
+                await self._run_batch(batch)
+
+    async def _hold(self, shape: Hashable) -> None:
+        """Waits for the batch to fill, at most until its oldest frame has waited max_delay_s."""
+        heap = self._heaps[shape]
+        deadline = min(waiting.came_s for _, _, waiting in heap) + self._limits.max_delay_s
+        while len(heap) < self._limits.max_batch and (left := deadline - time.monotonic()) > 0:
+            self._came.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._came.wait()
+            except TimeoutError:
+                return
+
+    def _take(self, shape: Hashable) -> list[_Waiting[Item, Result]]:
+        heap = self._heaps[shape]
+        batch: list[_Waiting[Item, Result]] = []
+        while heap and len(batch) < self._limits.max_batch:
+            tag, _, waiting = heapq.heappop(heap)
+            self._virtual_time = max(self._virtual_time, tag)
+            self._forget(waiting.camera)
+            if not waiting.done.done():  # else who waited for it has gone
+                batch.append(waiting)
+        if not heap:
+            del self._heaps[shape]
+        return batch
+
+    def _forget(self, camera: str) -> None:
+        self._waiting -= 1
+        self._waiting_of[camera] -= 1
+        if not self._waiting_of[camera]:
+            del self._waiting_of[camera]
+        if len(self._ends) > _REMEMBERED_CAMERAS:
+            self._ends = {camera: end for camera, end in self._ends.items() if camera in self._waiting_of}
+
+    async def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
+        started_s = time.monotonic()
+        try:
+            results = await self._run([waiting.item for waiting in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                if not batch[0].done.done():
+                    batch[0].done.set_exception(error)
+                return
+            for waiting in batch:
+                await self._run_batch([waiting])
+            return
+        except BaseException:  # closed
+            for waiting in batch:
+                waiting.done.cancel()
+            raise
+        for waiting, result in zip(batch, results, strict=True):
+            if not waiting.done.done():
+                waiting.done.set_result(Batched(result, started_s - waiting.came_s, len(batch)))
