@@ -1,17 +1,19 @@
 """Dynamic batching across cameras: fuller batches under load, no waiting when idle, fair between cameras.
 
-    submit --> queue a camera and shape --> batch of one shape --> run (one at a time)
+    submit --> waits, by camera and shape --> batch of one shape --> run, `lanes` batches at a time
 
-* A frame that finds the runner idle is run at once, alone. While a batch runs, others gather; when it is done, the
+* A frame that finds all lanes idle is run at once, alone. While batches run, others gather; when a lane is free, the
   next batch is taken from what waits, and held for at most `max_delay_s` after its oldest frame came if it is not
-  full. Mostly the oldest has waited longer than that by then, so the hold costs nothing.
+  full. Mostly the oldest has waited longer than that by then, so the hold costs nothing. A second lane lets entropy
+  decoding of one batch overlap with the networks of the one before.
 * Fair: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over cameras. A frame's start tag is the later of
   the virtual time (the tag last served) and the end of its camera's previous frame (that one's tag plus its cost). The
   smallest tag is served next, its shape decides the batch, and the batch is filled by rising tag. A camera that sends
   ten times as much waits behind its own frames. With equal costs this is round robin; the pipeline counts cost in
   pixels, so that big frames do not crowd out small ones.
 * Bounded: `max_waiting` frames over all cameras, and at most a share of them for one camera, then Overloaded.
-* A batch that fails is run again one by one, so that a frame that cannot be run fails alone.
+* `run` answers each frame with a result or an exception. If it raises, the batch is run again one by one, so that a
+  frame that cannot be run fails alone.
 """
 
 import asyncio
@@ -35,12 +37,14 @@ class BatchLimits:
     """`max_batch`: frames in one run. `max_delay_s`: how long a batch that is not full may be held for more.
 
     `max_waiting`: frames that may wait in all. `max_waiting_camera`: of them, how many of one camera.
+    `lanes`: batches that may be under way at once.
     """
 
     max_batch: int
     max_delay_s: float
     max_waiting: int
     max_waiting_camera: int
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +61,16 @@ class _Waiting(Generic[Item, Result]):
     item: Item
     camera: str
     came_s: float
+    met_idle: bool  # nothing ran when it came
     done: "asyncio.Future[Batched[Result]]"
 
 
 class Batcher(Generic[Item, Result]):
     """Runs `run` over items in batches of one shape. Belongs to one event loop; `start` and `close` it there."""
 
-    def __init__(self, run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], limits: BatchLimits) -> None:
+    def __init__(
+        self, run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]], limits: BatchLimits
+    ) -> None:
         self._run = run
         self._limits = limits
         # Per shape, a heap by tag. Ties go to who came first.
@@ -75,6 +82,9 @@ class Batcher(Generic[Item, Result]):
         self._waiting = 0
         self._came = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
+        self._under_way = 0  # batches in `run`
+        self._free_lanes = asyncio.Semaphore(limits.lanes)
+        self._running: set[asyncio.Task[None]] = set()
 
     @property
     def waiting(self) -> int:
@@ -86,9 +96,10 @@ class Batcher(Generic[Item, Result]):
 
     async def close(self) -> None:
         """Stops at once; what still waits is cancelled."""
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.gather(self._runner, return_exceptions=True)
+        tasks = [*self._running, *([self._runner] if self._runner else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for heap in self._heaps.values():
             for _, _, waiting in heap:
                 waiting.done.cancel()
@@ -105,7 +116,7 @@ class Batcher(Generic[Item, Result]):
                 f"the limit for one camera is {self._limits.max_waiting_camera}"
             )
         waiting: _Waiting[Item, Result] = _Waiting(
-            item, camera, time.monotonic(), asyncio.get_running_loop().create_future()
+            item, camera, time.monotonic(), self._under_way == 0, asyncio.get_running_loop().create_future()
         )
         tag = max(self._virtual_time, self._ends.get(camera, 0.0))
         self._ends[camera] = tag + cost
@@ -116,27 +127,41 @@ class Batcher(Generic[Item, Result]):
         return await waiting.done
 
     async def _run_batches(self) -> None:
-        was_idle = True
         while True:
+            await self._free_lanes.acquire()
             if not self._waiting:
-                was_idle = True
-                self._ends.clear()  # nobody is behind anybody
-                self._virtual_time = 0.0
-                self._came.clear()
-                await self._came.wait()
+                await self._next_arrival()
             shape = min(self._heaps, key=lambda shape: self._heaps[shape][0][:2])
-            if not was_idle:
-                await self._hold(shape)
-            was_idle = False
+            await self._hold(shape)
             batch = self._take(shape)
-            if batch:
-                await self._run_batch(batch)
+            if not batch:
+                self._free_lanes.release()
+                continue
+            task = asyncio.create_task(self._run_batch(batch))
+            self._running.add(task)
+            task.add_done_callback(self._end_lane)
+
+    def _end_lane(self, task: "asyncio.Task[None]") -> None:
+        self._running.discard(task)
+        self._free_lanes.release()
+
+    async def _next_arrival(self) -> None:
+        self._came.clear()
+        while not self._waiting:
+            if not self._under_way:  # idle: nobody is behind anybody
+                self._ends.clear()
+                self._virtual_time = 0.0
+            await self._came.wait()
+            self._came.clear()
 
     async def _hold(self, shape: Hashable) -> None:
-        """Waits for the batch to fill, at most until its oldest frame has waited max_delay_s."""
+        """Lets a batch that came together while others ran fill up, until its oldest frame has waited max_delay_s."""
         heap = self._heaps[shape]
         deadline = min(waiting.came_s for _, _, waiting in heap) + self._limits.max_delay_s
-        while len(heap) < self._limits.max_batch and (left := deadline - time.monotonic()) > 0:
+        while len(heap) < self._limits.max_batch and not any(waiting.met_idle for _, _, waiting in heap):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
             self._came.clear()
             try:
                 async with asyncio.timeout(left):
@@ -168,7 +193,7 @@ class Batcher(Generic[Item, Result]):
     async def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
         started_s = time.monotonic()
         try:
-            results = await self._run([waiting.item for waiting in batch])
+            results = await self._attempt(batch)
         except Exception as error:
             if len(batch) == 1:
                 if not batch[0].done.done():
@@ -182,5 +207,16 @@ class Batcher(Generic[Item, Result]):
                 waiting.done.cancel()
             raise
         for waiting, result in zip(batch, results, strict=True):
-            if not waiting.done.done():
+            if waiting.done.done():
+                continue
+            if isinstance(result, Exception):
+                waiting.done.set_exception(result)
+            else:
                 waiting.done.set_result(Batched(result, started_s - waiting.came_s, len(batch)))
+
+    async def _attempt(self, batch: list[_Waiting[Item, Result]]) -> Sequence[Result | Exception]:
+        self._under_way += 1
+        try:
+            return await self._run([waiting.item for waiting in batch])
+        finally:
+            self._under_way -= 1

@@ -160,6 +160,31 @@ async def test_a_frame_that_cannot_be_run_fails_alone() -> None:
     await batcher.close()
 
 
+async def test_a_frame_can_be_answered_with_an_exception_without_holding_up_its_batch() -> None:
+    async def run(items: Sequence[str]) -> list[str | Exception]:
+        return [KeyError(item) if item == "bad" else item for item in items]
+
+    batcher: Batcher[str, str] = Batcher(run, LIMITS)
+    batcher.start()
+    good, bad = await asyncio.gather(
+        batcher.submit("a", "s", "good"), batcher.submit("b", "s", "bad"), return_exceptions=True
+    )
+    assert good.result == "good"
+    assert isinstance(bad, KeyError)
+    await batcher.close()
+
+
+async def test_a_second_lane_takes_a_batch_while_the_first_is_under_way() -> None:
+    batcher, runner, first = await occupied(BatchLimits(4, 0.0, 100, 100, lanes=2))
+    waiting = submit(batcher, "a", 6)
+    await asyncio.sleep(0.05)
+    assert runner.batches == [["first"], ["a0", "a1", "a2", "a3"]]
+    runner.gate.set()
+    await asyncio.gather(first, *waiting)
+    assert runner.batches[2] == ["a4", "a5"]
+    await batcher.close()
+
+
 async def test_no_room_is_overloaded_in_all_and_for_one_camera() -> None:
     batcher, runner, first = await occupied(BatchLimits(4, 0.0, max_waiting=5, max_waiting_camera=3))
     waiting = submit(batcher, "a", 3)
