@@ -1,0 +1,107 @@
+"""Rejected frames, kept for people: what came, from whom and why it could not be used. Bounded, oldest out first.
+
+One SQLite file with one table, written by one thread. A frame is put here before its REJECTED record is logged, so
+that a record of a rejection always has its frame beside it until the bound takes it.
+"""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cloud.detections.log import FrameName
+from shared.codec.types import Bitstream
+from shared.errors import Unavailable
+
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS frames (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, rejected_ns INTEGER NOT NULL, name TEXT NOT NULL UNIQUE,
+    reason TEXT NOT NULL, detail TEXT NOT NULL, edge_id TEXT NOT NULL,
+    model_id TEXT NOT NULL, quality INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
+    hyper BLOB NOT NULL, latents BLOB NOT NULL, symbols_crc INTEGER NOT NULL
+) STRICT
+"""
+_COLUMNS = "rejected_ns, name, reason, detail, edge_id, model_id, quality, height, width, hyper, latents, symbols_crc"
+
+_GONE = "RETURNING length(hyper) + length(latents)"
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """One frame kept. `rejected_ns`: Unix time. `name`: camera/epoch/seq. `reason`: a RejectReason in small letters."""
+
+    rejected_ns: int
+    name: str
+    reason: str
+    detail: str
+    edge_id: str
+    bitstream: Bitstream
+
+
+class Quarantine:
+    """Opens or makes the file. Raises Unavailable if it cannot."""
+
+    def __init__(self, path: Path, *, max_frames: int, max_bytes: int, clock: Callable[[], int] = time.time_ns) -> None:
+        self._path = path
+        self._max_frames = max_frames
+        self._max_bytes = max_bytes
+        self._clock = clock
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(_SCHEMA)
+            self._frames, self._bytes = self._db.execute(
+                "SELECT count(*), coalesce(sum(length(hyper) + length(latents)), 0) FROM frames"
+            ).fetchone()
+        except (OSError, sqlite3.Error) as error:
+            raise Unavailable(f"quarantine {path} cannot be opened: {error}") from error
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quarantine")
+
+    async def put(self, name: FrameName, reason: str, detail: str, edge_id: str, bitstream: Bitstream) -> None:
+        """Keeps a frame, makes room for it; a frame that is already here is replaced. Raises Unavailable."""
+        b = bitstream
+        sizes = (b.quality, b.height, b.width)
+        row = (self._clock(), str(name), reason, detail, edge_id, b.model_id, *sizes, b.hyper, b.latents, b.symbols_crc)
+        await self._on_thread(lambda: self._put(row))
+
+    async def frames(self) -> list[Quarantined]:
+        """What is kept, oldest first. Raises Unavailable."""
+        rows = await self._on_thread(
+            lambda: self._db.execute(f"SELECT {_COLUMNS} FROM frames ORDER BY id").fetchall()  # noqa: S608
+        )
+        return [Quarantined(*row[:5], Bitstream(*row[5:])) for row in rows]
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._thread.shutdown)
+        self._db.close()
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise Unavailable(f"quarantine {self._path} cannot be used: {error}") from error
+
+    def _put(self, row: tuple[Any, ...]) -> None:
+        frames, size = self._frames + 1, self._bytes + len(row[9]) + len(row[10])
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            gone = self._db.execute(f"DELETE FROM frames WHERE name = ? {_GONE}", (row[1],)).fetchall()
+            self._db.execute(f"INSERT INTO frames ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608
+            frames, size = frames - len(gone), size - sum(length for (length,) in gone)
+            while frames > self._max_frames or size > self._max_bytes:
+                oldest = f"DELETE FROM frames WHERE id = (SELECT min(id) FROM frames) {_GONE}"  # noqa: S608
+                frames, size = frames - 1, size - self._db.execute(oldest).fetchone()[0]
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        self._frames, self._bytes = frames, size

@@ -1,0 +1,169 @@
+"""Every setting of the cloud service, with its unit. Values come from flags, environment and file (shared.settings)."""
+
+import os
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import ByteSize, Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from cloud.batching import BatchLimits
+from cloud.detections.log import Retention
+from cloud.detections.subscribe import Limits
+from shared.codec.types import MAX_SIDE
+from shared.settings import ServerSettings
+
+_MIB = 1 << 20
+_DAY_S = 86_400.0
+_MESSAGE_OVERHEAD_BYTES = 4096  # of a FrameUpload beside its two streams, amply
+
+
+def _data_home() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sightline" / "cloud"
+
+
+class CloudSettings(ServerSettings):
+    """What `sightline cloud` can be told."""
+
+    table: ClassVar[str] = "cloud"
+    model_config = SettingsConfigDict(env_prefix="SIGHTLINE_CLOUD_")
+
+    cloud_id: str = Field(
+        default_factory=lambda: os.uname().nodename,
+        min_length=1,
+        max_length=64,
+        description="name of this process in logs and in its welcome to edges",
+    )
+    data_dir: Path = Field(
+        default_factory=_data_home, description="folder of the detection log and the quarantine; made if missing"
+    )
+
+    # What runs.
+    models: list[str] = Field(
+        default=["detection"],
+        min_length=1,
+        description="codec bundles to decode with: names of bundled ones, or folders",
+    )
+    tasks: list[str] = Field(
+        default=["faster-rcnn-mobilenetv2"],
+        min_length=1,
+        description="task models that run on every uploaded frame: names, bundle folders or .onnx files",
+    )
+    extra_tasks: list[str] = Field(default=[], description="task models that run only when Detect asks for them")
+    min_score: float = Field(
+        default=0.1, ge=0, le=1, description="detections of uploaded frames below this score are not logged"
+    )
+    device: str = Field(default="cpu", description="where networks run: cpu, cuda or cuda:N")
+    threads: int = Field(default=0, ge=0, le=1024, description="threads of the networks on CPU; 0: the cores available")
+    unpack_threads: int = Field(
+        default=0, ge=0, le=1024, description="threads that undo the entropy coding; 0: the cores available"
+    )
+
+    # Batching.
+    max_batch: int = Field(default=8, ge=1, le=1024, description="most frames in one batch")
+    max_delay_ms: float = Field(
+        default=5.0,
+        ge=0,
+        le=10_000,
+        description="longest that a batch is held for more frames while busy, milliseconds",
+    )
+    lanes: int = Field(
+        default=0, ge=0, le=8, description="batches under way at once; 0: 2 on a GPU (decoding overlaps), 1 on a CPU"
+    )
+
+    # Bounds of intake.
+    max_pixels: int = Field(
+        default=MAX_SIDE * MAX_SIDE, ge=1, le=MAX_SIDE * MAX_SIDE, description="largest frame decoded, pixels"
+    )
+    max_frame_bytes: ByteSize = Field(
+        default=ByteSize(16 * _MIB), ge=1, description="longest coded frame taken, bytes of both streams"
+    )
+    stream_credit_frames: int = Field(
+        default=64, ge=1, le=1_000_000, description="frames that one upload stream may have unanswered"
+    )
+    stream_credit_bytes: ByteSize = Field(
+        default=ByteSize(16 * _MIB), ge=1, description="coded bytes that one upload stream may have unanswered"
+    )
+    max_in_flight_frames: int = Field(default=4096, ge=1, description="frames held in all; more are told to come later")
+    max_in_flight_bytes: ByteSize = Field(
+        default=ByteSize(512 * _MIB), ge=1, description="coded bytes held in all; more are told to come later"
+    )
+    max_waiting_camera: int = Field(default=256, ge=1, description="frames of one camera that may wait for a batch")
+    retry_after_ms: int = Field(
+        default=500, ge=0, le=600_000, description="how long edges are told to wait when there is no room, milliseconds"
+    )
+    max_stream_age_s: float = Field(
+        default=3600.0,
+        ge=0,
+        description="upload streams are asked to reopen, perhaps elsewhere, at this age (give or take 20 %), seconds; "
+        "0: never",
+    )
+    stream_grace_s: float = Field(
+        default=5.0, ge=0, le=600, description="how long an upload stream that was asked to end may go on, seconds"
+    )
+
+    # What is kept.
+    log_max_age_s: float = Field(default=7 * _DAY_S, gt=0, description="events are kept this long, seconds")
+    log_max_bytes: ByteSize = Field(default=ByteSize(8 << 30), ge=_MIB, description="events are kept up to this, bytes")
+    key_age_s: float = Field(
+        default=14 * _DAY_S,
+        gt=0,
+        description="frame names are kept this long so that a resend makes no second event, seconds; must exceed the "
+        "longest that any edge keeps a frame; a frame spooled longer ago ends as EXPIRED",
+    )
+    quarantine_max_frames: int = Field(default=10_000, ge=0, description="rejected frames kept at most")
+    quarantine_max_bytes: ByteSize = Field(
+        default=ByteSize(256 * _MIB), ge=0, description="rejected frames kept at most, coded bytes"
+    )
+
+    # Consumers.
+    max_subscribers: int = Field(default=1024, ge=1, description="subscriptions at once")
+    subscriber_buffer_events: int = Field(
+        default=4096, ge=1, description="events that may wait for a consumer before it is cut off as too slow"
+    )
+    subscriber_buffer_bytes: ByteSize = Field(
+        default=ByteSize(16 * _MIB), ge=1, description="bytes of events that may wait for a consumer"
+    )
+    progress_interval_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=3600,
+        description="a consumer whose filter hides events hears its cursor this often, seconds",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.key_age_s < self.log_max_age_s:
+            raise ValueError(
+                f"key_age_s ({self.key_age_s:g}) must be at least log_max_age_s ({self.log_max_age_s:g}): "
+                "names outlive their events"
+            )
+        if self.max_frame_bytes + _MESSAGE_OVERHEAD_BYTES > self.max_message_bytes:
+            raise ValueError(
+                f"max_frame_bytes ({int(self.max_frame_bytes)}) must leave {_MESSAGE_OVERHEAD_BYTES} bytes of "
+                f"max_message_bytes ({int(self.max_message_bytes)})"
+            )
+        return self
+
+    @property
+    def available_cores(self) -> int:
+        """Cores this process may use."""
+        return len(os.sched_getaffinity(0))
+
+    @property
+    def batch_limits(self) -> BatchLimits:
+        return BatchLimits(
+            max_batch=self.max_batch,
+            max_delay_s=self.max_delay_ms / 1e3,
+            max_waiting=self.max_in_flight_frames,
+            max_waiting_camera=self.max_waiting_camera,
+            lanes=self.lanes or (1 if self.device == "cpu" else 2),
+        )
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.log_max_age_s, int(self.log_max_bytes), self.key_age_s)
+
+    @property
+    def subscription_limits(self) -> Limits:
+        return Limits(self.subscriber_buffer_events, int(self.subscriber_buffer_bytes), self.progress_interval_s)
