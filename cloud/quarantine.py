@@ -27,9 +27,19 @@ CREATE TABLE IF NOT EXISTS frames (
     hyper BLOB NOT NULL, latents BLOB NOT NULL, symbols_crc INTEGER NOT NULL
 ) STRICT
 """
-_COLUMNS = "rejected_ns, name, reason, detail, edge_id, model_id, quality, height, width, hyper, latents, symbols_crc"
-
-_GONE = "RETURNING length(hyper) + length(latents)"
+_INSERT = """
+INSERT INTO frames (rejected_ns, name, reason, detail, edge_id,
+                    model_id, quality, height, width, hyper, latents, symbols_crc)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_SELECT = """
+SELECT rejected_ns, name, reason, detail, edge_id, model_id, quality, height, width, hyper, latents, symbols_crc
+FROM frames ORDER BY id
+"""
+_DELETE_NAMED = "DELETE FROM frames WHERE name = ? RETURNING length(hyper) + length(latents)"
+_DELETE_OLDEST = """
+DELETE FROM frames WHERE id = (SELECT min(id) FROM frames) RETURNING length(hyper) + length(latents)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +84,10 @@ class Quarantine:
 
     async def frames(self) -> list[Quarantined]:
         """What is kept, oldest first. Raises Unavailable."""
-        rows = await self._on_thread(
-            lambda: self._db.execute(f"SELECT {_COLUMNS} FROM frames ORDER BY id").fetchall()  # noqa: S608
-        )
-        return [Quarantined(*row[:5], Bitstream(*row[5:])) for row in rows]
+        rows = await self._on_thread(lambda: self._db.execute(_SELECT).fetchall())
+        return [
+            Quarantined(ns, name, why, detail, edge, Bitstream(*rest)) for ns, name, why, detail, edge, *rest in rows
+        ]
 
     async def close(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
@@ -93,12 +103,11 @@ class Quarantine:
         frames, size = self._frames + 1, self._bytes + len(row[9]) + len(row[10])
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            gone = self._db.execute(f"DELETE FROM frames WHERE name = ? {_GONE}", (row[1],)).fetchall()
-            self._db.execute(f"INSERT INTO frames ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)  # noqa: S608
+            gone = self._db.execute(_DELETE_NAMED, (row[1],)).fetchall()
+            self._db.execute(_INSERT, row)
             frames, size = frames - len(gone), size - sum(length for (length,) in gone)
             while frames > self._max_frames or size > self._max_bytes:
-                oldest = f"DELETE FROM frames WHERE id = (SELECT min(id) FROM frames) {_GONE}"  # noqa: S608
-                frames, size = frames - 1, size - self._db.execute(oldest).fetchone()[0]
+                frames, size = frames - 1, size - self._db.execute(_DELETE_OLDEST).fetchone()[0]
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
