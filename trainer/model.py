@@ -57,6 +57,28 @@ def interpolate_bias(table: Tensor, quality_steps: Tensor) -> Tensor:
     return torch.lerp(table[low], table[low + 1], fraction)[:, :, None, None]
 
 
+class _SharedNoise:
+    """Additive uniform noise as one process would draw it for the whole batch, of which this process has a share."""
+
+    rank, processes = 0, 1
+
+    def quantize(self, inputs: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
+        if mode != "noise":
+            quantised: Tensor = super().quantize(inputs, mode, means)  # type: ignore[misc]
+            return quantised
+        axis = 1 if isinstance(self, EntropyBottleneck) else 0  # the prior is asked with [Z, 1, B h w]
+        shape = [*inputs.shape[:axis], self.processes, *inputs.shape[axis:]]
+        return inputs + torch.rand(shape, device=inputs.device).select(axis, self.rank) - 0.5
+
+
+class SharedNoisePrior(_SharedNoise, EntropyBottleneck):  # type: ignore[misc]
+    pass
+
+
+class SharedNoiseGaussian(_SharedNoise, GaussianConditional):  # type: ignore[misc]
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingOutput:
     """`x_hat` [B, 3, H, W]; `bits_y`, `bits_z`: bits a picture, [B] (paper eq. 2); `y` scaled latents [B, M, h, w]."""
@@ -76,11 +98,16 @@ class TrainableCodec(nn.Module):
         self.g_s = SynthesisTransform(self.arch)
         self.h_a = HyperAnalysisTransform(self.arch)
         self.h_s = HyperSynthesis(self.arch)
-        self.entropy_bottleneck = EntropyBottleneck(self.arch.z)
-        self.gaussian = GaussianConditional(None, scale_bound=SCALE_MIN)
+        self.entropy_bottleneck = SharedNoisePrior(self.arch.z)
+        self.gaussian = SharedNoiseGaussian(None, scale_bound=SCALE_MIN)
         start = torch.linspace(-0.5, 0.5, LEVELS) * torch.log(torch.tensor(gain_span))
         self.log_gain = nn.Parameter(start[:, None].repeat(1, self.arch.m))
         self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, self.arch.m))
+
+    def share_noise(self, rank: int, processes: int) -> None:
+        """Say which share of the whole batch this process has; all processes must be seeded alike each step."""
+        for part in (self.entropy_bottleneck, self.gaussian):
+            part.rank, part.processes = rank, processes
 
     def medians(self) -> Tensor:
         """Medians of the factorised prior, [1, Z, 1, 1], without gradient."""
@@ -89,7 +116,9 @@ class TrainableCodec(nn.Module):
     def forward(self, x: Tensor, quality_steps: Tensor, *, rounded: float = 0.0) -> TrainingOutput:
         """`rounded`: 0 feeds g_s noisy latents; 1 feeds it rounded ones, straight-through (Minnen & Singh 2020)."""
         y = self.g_a(x) * interpolate_levels(self.log_gain, quality_steps)
-        z_hat, z_likelihoods = self.entropy_bottleneck(self.h_a(y))
+        z = self.h_a(y)
+        with torch.autocast(x.device.type, enabled=False):  # a difference of two sigmoids: bfloat16 would lose it
+            z_hat, z_likelihoods = self.entropy_bottleneck(z)
         # h_s sees symbols: zero is the median, at the border's zero padding too
         means, log_scales = self.h_s(z_hat - self.medians(), quality_steps)
         scales = log_scales.clamp(max=5.6).exp()  # the lower bound, with its own gradient rule, is in `gaussian`
