@@ -4,9 +4,13 @@ import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from shared.codec.types import Frame
 
 JPEG_START = b"\xff\xd8\xff"
+MADE_BY = "Sightline"  # the Software text of a PNG, by which a later run knows its own pictures
 
 
 def read_frame(data: bytes) -> "Frame":
@@ -26,3 +30,15 @@ def jpeg_size(data: bytes, frame: "Frame") -> tuple[int, bool]:
     buffer = io.BytesIO()
     Image.fromarray(frame.rgb).save(buffer, "JPEG", quality=85)
     return buffer.tell(), False
+
+
+def encode_png(rgb: "NDArray[np.uint8]") -> bytes:
+    """PNG of uint8 [height, width, 3], marked as made here."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Software", MADE_BY)
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, "PNG", pnginfo=info, compress_level=3)
+    return buffer.getvalue()

@@ -1,0 +1,136 @@
+"""`sightline compress` and `sightline decompress`: pictures to coded files and back, without a service."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.codecs import Decoders, load_named
+from cli.files import BITSTREAM_SUFFIX, PICTURE_SUFFIXES, Job, expand, make_folder, plan, write_atomically
+from cli.pictures import MADE_BY, encode_png, read_frame
+from cli.progress import for_each
+
+DEFAULT_QUALITY = 4.0
+
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the results; made if missing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON for each file.")]
+
+
+def compress(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT", help="Pictures (JPEG, PNG, WebP), or folders of pictures.")
+    ],
+    output: Output,
+    quality: Annotated[
+        float | None,
+        typer.Option("--quality", "-q", min=1, max=8, help="From 1, smallest, to 8, finest.", show_default="4"),
+    ] = None,
+    target_bytes: Annotated[
+        int | None,
+        typer.Option("--target-bytes", min=1, help="In place of a quality: the finest that fits in this many bytes."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="ID", help="Codec: a bundled name, a bundle's folder or a model id.")
+    ] = "detection",
+    as_json: AsJson = False,
+) -> None:
+    """Code pictures for machines: a.jpg becomes DIR/a.slc."""
+    if quality is not None and target_bytes is not None:
+        raise typer.BadParameter("--quality and --target-bytes cannot both be given")
+    jobs = plan(expand(inputs, PICTURE_SUFFIXES), output, BITSTREAM_SUFFIX)
+    quality = DEFAULT_QUALITY if quality is None else quality
+
+    import numpy as np
+
+    from shared.codec.bitstream import to_bytes
+    from shared.codec.types import QUALITY_STEP, Frame, quality_to_steps
+
+    quality_to_steps(quality)  # NaN passes the option's limits
+    codec = load_named(model)
+    codec.encode(Frame(np.zeros((64, 64, 3), np.uint8)))  # starts the kernels: that is no file's encode_ms
+    make_folder(output)
+    read_bytes = written_bytes = 0
+
+    def work(job: Job) -> None:
+        nonlocal read_bytes, written_bytes
+        picture = job.source.read_bytes()
+        frame = read_frame(picture)
+        start = time.perf_counter()
+        bitstream = codec.encode(frame, quality) if target_bytes is None else codec.encode_to_size(frame, target_bytes)
+        data = to_bytes(bitstream)
+        encode_ms = 1000 * (time.perf_counter() - start)
+        write_atomically(job.target, data)
+        read_bytes += len(picture)
+        written_bytes += len(data)
+        told: dict[str, Any] = {
+            "input": str(job.source),
+            "output": str(job.target),
+            "width": frame.width,
+            "height": frame.height,
+            "bytes": len(data),
+            "bpp": round(8 * len(data) / (frame.width * frame.height), 5),
+            "quality": bitstream.quality / QUALITY_STEP,
+            "encode_ms": round(encode_ms, 2),
+        }
+        if as_json:
+            print(json.dumps(told), flush=True)
+        else:
+            print(
+                "{input} -> {output}  {width}x{height}  {bytes:,} bytes  {bpp:.4f} bpp  quality {quality:g}  "
+                "{encode_ms:.1f} ms".format(**told)
+            )
+
+    try:
+        for_each(jobs, work, "compress")
+    finally:
+        if not as_json and len(jobs) > 1 and written_bytes:
+            print(f"{read_bytes:,} bytes became {written_bytes:,}: {read_bytes / written_bytes:.1f} times fewer")
+
+
+def decompress(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="FILE.slc", help="Coded files, or folders of files ending in .slc.")
+    ],
+    output: Output,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR", help="A bundle's folder, beside the bundled ones.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode to pictures of the original size: a.slc becomes DIR/a.png."""
+    jobs = plan(expand(inputs, {BITSTREAM_SUFFIX}), output, ".png")
+    refuse_foreign([job.target for job in jobs])
+    decoders = Decoders(model)
+    make_folder(output)
+
+    def work(job: Job) -> None:
+        codec, bitstream = decoders.read(job.source.read_bytes())
+        start = time.perf_counter()
+        frame = codec.decode(bitstream)
+        decode_ms = 1000 * (time.perf_counter() - start)
+        write_atomically(job.target, encode_png(frame.rgb))
+        if as_json:
+            told = {"input": str(job.source), "output": str(job.target), "width": frame.width, "height": frame.height}
+            print(json.dumps({**told, "decode_ms": round(decode_ms, 2)}), flush=True)
+        else:
+            print(f"{job.source} -> {job.target}  {frame.width}x{frame.height}  {decode_ms:.1f} ms")
+
+    for_each(jobs, work, "decompress")
+
+
+def refuse_foreign(targets: list[Path]) -> None:
+    """A decoded picture may replace an earlier decoded one, never the original that lies beside its coded file.
+    Raises typer.BadParameter."""
+    from PIL import Image
+
+    for target in targets:
+        if target.exists():
+            try:
+                with Image.open(target) as picture:
+                    ours = picture.info.get("Software") == MADE_BY
+            except OSError:
+                ours = False
+            if not ours:
+                raise typer.BadParameter(f"'{target}' is there already and was not made by this command")

@@ -1,0 +1,90 @@
+"""The front door: one Typer app, `sightline`, which imports the room it needs only when asked for it.
+
+Nothing heavy is imported at the top of any module of this room, so that `sightline --help` is instant and
+`sightline compress` pulls in the codec but no task model.
+
+Exit codes: 0 done; 1 work that failed, said in one sentence on stderr; 2 wrong usage, said before any work.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli import compress, detect, info, services
+from cli.demo import command as demo
+from shared.errors import InvalidQuality, InvalidSettings, SightlineError
+
+# What an installation without an extra lacks -> the extra that brings it.
+EXTRA_OF = {
+    "torchvision": "cloud",
+    "supervision": "cloud",
+    "onnxruntime": "onnx",
+    "compressai": "train",
+    "lightning": "train",
+    "matplotlib": "train",
+    "pycocotools": "train",
+    "bjontegaard": "train",
+    "imageio_ffmpeg": "train",
+    "constriction": "bench",
+}
+
+app = typer.Typer(
+    name="sightline",
+    help="Carries what machines need to see from a camera to the cloud.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"sightline {version('sightline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("compress", rich_help_panel="Pictures")(compress.compress)
+app.command("decompress", rich_help_panel="Pictures")(compress.decompress)
+app.command("detect", rich_help_panel="Pictures")(detect.detect)
+app.command("info", rich_help_panel="Pictures")(info.info)
+app.command("demo", rich_help_panel="Start here")(demo.demo)
+app.command("edge", rich_help_panel="Services", context_settings=services.PASS_ON)(services.edge)
+app.command("cloud", rich_help_panel="Services", context_settings=services.PASS_ON)(services.cloud)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. `arguments` defaults to ``sys.argv[1:]``. Always ends in SystemExit."""
+    try:
+        app(arguments, prog_name="sightline")
+    except (InvalidSettings, InvalidQuality) as error:
+        fail(str(error), code=2)
+    except SightlineError as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        fail(f"this needs the package {error.name}, which comes with: pip install 'sightline[{extra}]'")
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def fail(sentence: str, code: int = 1) -> None:
+    print(f"sightline: {sentence}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
