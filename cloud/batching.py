@@ -19,6 +19,7 @@
 import asyncio
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class BatchLimits:
     """`max_batch`: frames in one run. `max_delay_s`: how long a batch that is not full may be held for more.
 
     `max_waiting`: frames that may wait in all. `max_waiting_camera`: of them, how many of one camera.
-    `lanes`: batches that may be under way at once.
+    `lanes`: batches that may be under way at once. `max_cost`: of one batch in all; a dearer frame runs alone.
     """
 
     max_batch: int
@@ -45,6 +46,7 @@ class BatchLimits:
     max_waiting: int
     max_waiting_camera: int
     lanes: int = 1
+    max_cost: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Batched(Generic[Result]):
 class _Waiting(Generic[Item, Result]):
     item: Item
     camera: str
+    cost: float
     came_s: float
     met_idle: bool  # nothing ran when it came
     done: "asyncio.Future[Batched[Result]]"
@@ -116,7 +119,7 @@ class Batcher(Generic[Item, Result]):
                 f"the limit for one camera is {self._limits.max_waiting_camera}"
             )
         waiting: _Waiting[Item, Result] = _Waiting(
-            item, camera, time.monotonic(), self._under_way == 0, asyncio.get_running_loop().create_future()
+            item, camera, cost, time.monotonic(), self._under_way == 0, asyncio.get_running_loop().create_future()
         )
         tag = max(self._virtual_time, self._ends.get(camera, 0.0))
         self._ends[camera] = tag + cost
@@ -158,7 +161,7 @@ class Batcher(Generic[Item, Result]):
         """Lets a batch that came together while others ran fill up, until its oldest frame has waited max_delay_s."""
         heap = self._heaps[shape]
         deadline = min(waiting.came_s for _, _, waiting in heap) + self._limits.max_delay_s
-        while len(heap) < self._limits.max_batch and not any(waiting.met_idle for _, _, waiting in heap):
+        while self._has_room(heap) and not any(waiting.met_idle for _, _, waiting in heap):
             left = deadline - time.monotonic()
             if left <= 0:
                 return
@@ -169,10 +172,18 @@ class Batcher(Generic[Item, Result]):
             except TimeoutError:
                 return
 
+    def _has_room(self, heap: list[tuple[float, int, _Waiting[Item, Result]]]) -> bool:
+        cost = sum(waiting.cost for _, _, waiting in heap)
+        return len(heap) < self._limits.max_batch and cost < self._limits.max_cost
+
     def _take(self, shape: Hashable) -> list[_Waiting[Item, Result]]:
         heap = self._heaps[shape]
         batch: list[_Waiting[Item, Result]] = []
+        cost = 0.0
         while heap and len(batch) < self._limits.max_batch:
+            cost += heap[0][2].cost
+            if batch and cost > self._limits.max_cost:
+                break
             tag, _, waiting = heapq.heappop(heap)
             self._virtual_time = max(self._virtual_time, tag)
             self._forget(waiting.camera)

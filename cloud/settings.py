@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -10,6 +10,8 @@ from pydantic_settings import SettingsConfigDict
 from cloud.batching import BatchLimits
 from cloud.detections.log import Retention
 from cloud.detections.subscribe import Limits
+from cloud.ingest import StreamLimits
+from cloud.pipeline import PipelineLimits
 from shared.codec.types import MAX_SIDE
 from shared.settings import ServerSettings
 
@@ -18,49 +20,64 @@ _DAY_S = 86_400.0
 _MESSAGE_OVERHEAD_BYTES = 4096  # of a FrameUpload beside its two streams, amply
 
 
-def _data_home() -> Path:
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sightline" / "cloud"
-
-
 class CloudSettings(ServerSettings):
     """What `sightline cloud` can be told."""
 
     table: ClassVar[str] = "cloud"
     model_config = SettingsConfigDict(env_prefix="SIGHTLINE_CLOUD_")
 
+    listen: str = Field(
+        default="127.0.0.1:7421", description="host:port for edges and consumers; port 0 takes a free one"
+    )
+    metrics_listen: str = Field(
+        default="127.0.0.1:7422",
+        description="host:port of the HTTP server with /metrics, /healthz and /readyz; port 0 takes a free one, "
+        "empty switches it off",
+    )
     cloud_id: str = Field(
-        default_factory=lambda: os.uname().nodename,
+        default_factory=lambda: os.uname().nodename[:64] or "cloud",
         min_length=1,
         max_length=64,
-        description="name of this process in logs and in its welcome to edges",
+        description="name of this process in logs and in its welcome to edges; default: the machine's name",
     )
     data_dir: Path = Field(
-        default_factory=_data_home, description="folder of the detection log and the quarantine; made if missing"
+        default=Path("~/.local/state/sightline/cloud"),
+        description="folder of the detection log and the quarantine, on a local disk; made if missing",
     )
 
-    # What runs.
-    models: list[str] = Field(
-        default=["detection"],
+    # -- what runs
+    models: str = Field(
+        default="detection",
         min_length=1,
-        description="codec bundles to decode with: names of bundled ones, or folders",
+        description="codec bundles to decode with, by name or folder, separated by commas",
     )
-    tasks: list[str] = Field(
-        default=["faster-rcnn-mobilenetv2"],
+    tasks: str = Field(
+        default="faster-rcnn-mobilenetv2",
         min_length=1,
-        description="task models that run on every uploaded frame: names, bundle folders or .onnx files",
+        description="task models that run on every uploaded frame, separated by commas: names, folders or .onnx files",
     )
-    extra_tasks: list[str] = Field(default=[], description="task models that run only when Detect asks for them")
+    extra_tasks: str = Field(
+        default="", description="task models that run only when Detect asks for them, separated by commas"
+    )
     min_score: float = Field(
         default=0.1, ge=0, le=1, description="detections of uploaded frames below this score are not logged"
     )
-    device: str = Field(default="cpu", description="where networks run: cpu, cuda or cuda:N")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where networks run: cpu or cuda[:n]"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="number type of the codec's transforms; auto: what the device computes fastest"
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="threads of the networks on CPU; 0: the cores available")
     unpack_threads: int = Field(
         default=0, ge=0, le=1024, description="threads that undo the entropy coding; 0: the cores available"
     )
 
-    # Batching.
+    # -- batching
     max_batch: int = Field(default=8, ge=1, le=1024, description="most frames in one batch")
+    max_batch_pixels: int = Field(
+        default=16_000_000, ge=1, description="most pixels in one batch; a larger frame passes alone"
+    )
     max_delay_ms: float = Field(
         default=5.0,
         ge=0,
@@ -71,7 +88,7 @@ class CloudSettings(ServerSettings):
         default=0, ge=0, le=8, description="batches under way at once; 0: 2 on a GPU (decoding overlaps), 1 on a CPU"
     )
 
-    # Bounds of intake.
+    # -- bounds of intake
     max_pixels: int = Field(
         default=MAX_SIDE * MAX_SIDE, ge=1, le=MAX_SIDE * MAX_SIDE, description="largest frame decoded, pixels"
     )
@@ -102,7 +119,7 @@ class CloudSettings(ServerSettings):
         default=5.0, ge=0, le=600, description="how long an upload stream that was asked to end may go on, seconds"
     )
 
-    # What is kept.
+    # -- what is kept
     log_max_age_s: float = Field(default=7 * _DAY_S, gt=0, description="events are kept this long, seconds")
     log_max_bytes: ByteSize = Field(default=ByteSize(8 << 30), ge=_MIB, description="events are kept up to this, bytes")
     key_age_s: float = Field(
@@ -116,7 +133,7 @@ class CloudSettings(ServerSettings):
         default=ByteSize(256 * _MIB), ge=0, description="rejected frames kept at most, coded bytes"
     )
 
-    # Consumers.
+    # -- consumers
     max_subscribers: int = Field(default=1024, ge=1, description="subscriptions at once")
     subscriber_buffer_events: int = Field(
         default=4096, ge=1, description="events that may wait for a consumer before it is cut off as too slow"
@@ -146,15 +163,26 @@ class CloudSettings(ServerSettings):
         return self
 
     @property
-    def available_cores(self) -> int:
-        """Cores this process may use."""
-        return len(os.sched_getaffinity(0))
+    def model_references(self) -> list[str]:
+        """`models` as a list."""
+        return _listed(self.models)
+
+    @property
+    def task_names(self) -> list[str]:
+        """`tasks` as a list."""
+        return _listed(self.tasks)
+
+    @property
+    def all_task_names(self) -> list[str]:
+        """`tasks`, then what `extra_tasks` adds."""
+        return list(dict.fromkeys([*self.task_names, *_listed(self.extra_tasks)]))
 
     @property
     def batch_limits(self) -> BatchLimits:
         return BatchLimits(
             max_batch=self.max_batch,
             max_delay_s=self.max_delay_ms / 1e3,
+            max_cost=self.max_batch_pixels,
             max_waiting=self.max_in_flight_frames,
             max_waiting_camera=self.max_waiting_camera,
             lanes=self.lanes or (1 if self.device == "cpu" else 2),
@@ -165,5 +193,29 @@ class CloudSettings(ServerSettings):
         return Retention(self.log_max_age_s, int(self.log_max_bytes), self.key_age_s)
 
     @property
+    def pipeline_limits(self) -> PipelineLimits:
+        return PipelineLimits(
+            max_pixels=self.max_pixels,
+            max_frame_bytes=int(self.max_frame_bytes),
+            max_frames=self.max_in_flight_frames,
+            max_bytes=int(self.max_in_flight_bytes),
+            max_age_s=self.key_age_s,
+            retry_after_ms=self.retry_after_ms,
+        )
+
+    @property
+    def stream_limits(self) -> StreamLimits:
+        return StreamLimits(
+            credit_frames=self.stream_credit_frames,
+            credit_bytes=int(self.stream_credit_bytes),
+            max_age_s=self.max_stream_age_s,
+            grace_s=min(self.stream_grace_s, self.drain_s),
+        )
+
+    @property
     def subscription_limits(self) -> Limits:
         return Limits(self.subscriber_buffer_events, int(self.subscriber_buffer_bytes), self.progress_interval_s)
+
+
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]

@@ -88,6 +88,11 @@ class DetectionLog(Protocol):
         """Random name of this log, drawn when it was created."""
         ...
 
+    @property
+    def newest(self) -> int:
+        """The newest sequence this process knows of; for measuring how far behind a reader is."""
+        ...
+
     async def append(self, name: FrameName, event: bytes) -> Appended:
         """Makes `event` durable under `name` if the key is new; either way says where the key's record is."""
         ...

@@ -126,6 +126,10 @@ class SqliteLog:
     def log_id(self) -> str:
         return self._log_id
 
+    @property
+    def newest(self) -> int:
+        return self._newest
+
     async def append(self, name: FrameName, event: bytes) -> Appended:
         if self._closed:
             raise Unavailable("the detection log is closed")

@@ -22,7 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sightline.v1 import common_pb2, detection_pb2
 
 from cloud.detections.log import DetectionLog, Record
-from shared.errors import CursorExpired, CursorMismatch, InvalidInput, Overloaded
+from shared.errors import CursorExpired, CursorMismatch, InvalidInput, Overloaded, Unavailable
 
 _READ_RECORDS = 256
 
@@ -119,6 +119,8 @@ class Subscription:
         self._log = log
         self._position = after  # of the last record read, shown or hidden
         self._told = after  # position of the last message put into the buffer
+        self._given = after  # position of the last message written to the consumer
+        self._moved = asyncio.Event()  # one of these changed
         self._filter = event_filter
         self._limits = limits
         self._buffer: deque[detection_pb2.SubscribeResponse] = deque()
@@ -131,17 +133,23 @@ class Subscription:
         self._last_message_s = time.monotonic()
 
     @property
-    def position(self) -> int:
-        """Sequence of the last record read from the log for this consumer."""
-        return self._position
+    def lag(self) -> int:
+        """Records of the log that this consumer has not been shown or told of."""
+        return max(0, self._log.newest - self._given)
 
-    async def run(self, write: Callable[[detection_pb2.SubscribeResponse], Awaitable[None]]) -> None:
-        """Passes every message to `write`, one at a time. Raises Overloaded, CursorExpired, or what `write` raises."""
+    async def run(
+        self, write: Callable[[detection_pb2.SubscribeResponse], Awaitable[None]], stop: asyncio.Event
+    ) -> None:
+        """Passes every message to `write`, one at a time; once `stop` is set, until the consumer has all there is.
+
+        Raises Overloaded, CursorExpired, Unavailable at a stop, or what `write` raises.
+        """
         reading = asyncio.create_task(self._read())
         writing = asyncio.create_task(self._write(write))
+        stopping = asyncio.create_task(self._stop(stop))
         try:
-            await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (reading, writing):
+            await asyncio.wait({reading, writing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (reading, writing, stopping):
                 if task.done():
                     task.result()
         finally:
@@ -151,6 +159,7 @@ class Subscription:
             self._buffer.clear()
             self._filled.set()
             reading.cancel()
+            stopping.cancel()
             writing.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _write(self, write: Callable[[detection_pb2.SubscribeResponse], Awaitable[None]]) -> None:
@@ -164,6 +173,16 @@ class Subscription:
             self._buffer_bytes -= message.ByteSize()
             self._emptied.set()
             await write(message)
+            self._given = max(message.event.cursor.sequence, message.progress.cursor.sequence)
+            self._moved.set()
+
+    async def _stop(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        end = self._log.newest
+        while self._position < end or self._given < self._told:
+            self._moved.clear()
+            await self._moved.wait()
+        raise Unavailable(f"the server is stopping and has given all up to sequence {end}; resume elsewhere from there")
 
     async def _read(self) -> None:
         while True:
@@ -175,6 +194,7 @@ class Subscription:
                     await self._put(self._event_message(record, event))
                 elif self._progress_due_s() <= 0:
                     self._put_progress(caught_up=False)
+            self._moved.set()
             if records:
                 await asyncio.sleep(0)  # reading from memory never yields, and the writer needs a turn
             else:

@@ -174,6 +174,16 @@ async def test_a_frame_can_be_answered_with_an_exception_without_holding_up_its_
     await batcher.close()
 
 
+async def test_a_batch_is_bounded_by_cost_and_a_dearer_frame_runs_alone() -> None:
+    batcher, runner, first = await occupied(BatchLimits(4, 0.0, 100, 100, max_cost=10))
+    waiting = submit(batcher, "a", 1, cost=99) + submit(batcher, "b", 4, cost=5)
+    await asyncio.sleep(0)
+    runner.gate.set()
+    await asyncio.gather(first, *waiting)
+    assert runner.batches[1:] == [["a0"], ["b0", "b1"], ["b2", "b3"]]
+    await batcher.close()
+
+
 async def test_a_second_lane_takes_a_batch_while_the_first_is_under_way() -> None:
     batcher, runner, first = await occupied(BatchLimits(4, 0.0, 100, 100, lanes=2))
     waiting = submit(batcher, "a", 6)

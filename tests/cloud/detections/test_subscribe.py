@@ -11,7 +11,7 @@ from sightline.v1 import common_pb2, detection_pb2
 from cloud.detections.log import FrameName, Retention
 from cloud.detections.sqlite import SqliteLog
 from cloud.detections.subscribe import EventFilter, Limits, Subscription, start_position
-from shared.errors import CursorExpired, CursorMismatch, InvalidInput, Overloaded
+from shared.errors import CursorExpired, CursorMismatch, InvalidInput, Overloaded, Unavailable
 
 LIMITS = Limits(buffer_events=16, buffer_bytes=1 << 20, progress_interval_s=0.05)
 EVERYTHING = EventFilter.from_proto(detection_pb2.EventFilter())
@@ -45,7 +45,9 @@ class Consumer:
         self.reads = asyncio.Event()
         self.reads.set()
         self._news = asyncio.Event()
-        self.task = asyncio.create_task(Subscription(log, after, shown, limits).run(self._take))
+        self.stop = asyncio.Event()
+        self.subscription = Subscription(log, after, shown, limits)
+        self.task = asyncio.create_task(self.subscription.run(self._take, self.stop))
 
     async def _take(self, message: detection_pb2.SubscribeResponse) -> None:
         await self.reads.wait()
@@ -166,6 +168,22 @@ async def test_one_slow_consumer_does_not_hold_up_another(log: SqliteLog) -> Non
     assert quick.sequences == list(range(1, 101))
     await slow.leave()
     await quick.leave()
+
+
+async def test_a_stop_gives_the_consumer_all_there_is_and_then_ends(log: SqliteLog) -> None:
+    await append(log, *range(100))
+    consumer = Consumer(log)
+    consumer.reads.clear()
+    await append(log, *range(100, 110))
+    consumer.stop.set()
+    await asyncio.sleep(0.01)
+    assert not consumer.task.done()
+    assert consumer.subscription.lag == 110
+    consumer.reads.set()
+    with pytest.raises(Unavailable, match="110"):
+        await asyncio.wait_for(consumer.task, 5)
+    assert consumer.sequences == list(range(1, 111))
+    assert consumer.subscription.lag == 0
 
 
 async def test_filters_show_only_what_matches(log: SqliteLog) -> None:

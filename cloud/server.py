@@ -1,0 +1,138 @@
+"""The cloud process: from settings to a service that serves, and to an end that loses nothing.
+
+start   ports bound, NOT_SERVING -> log opened, models loaded and warmed up -> SERVING, ports told
+SIGTERM NOT_SERVING -> upload streams hear DRAIN, what they hold is carried to the log and answered
+        -> consumers get the last events -> log closed -> exit 0
+"""
+
+import asyncio
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+import grpc
+import torch
+from prometheus_client import CollectorRegistry
+from sightline.v1 import detection_pb2_grpc, ingest_pb2_grpc
+
+from cloud.detections.sqlite import SqliteLog
+from cloud.inference import Inference
+from cloud.ingest import IngestService
+from cloud.metrics import CloudMetrics
+from cloud.pipeline import Pipeline
+from cloud.quarantine import Quarantine
+from cloud.service import DetectionService
+from cloud.settings import CloudSettings
+from cloud.tasks.loading import load_task
+from shared import logs
+from shared.codec.codec import Codec
+from shared.rpc.server import Server, stop_on_signal
+
+_log = logging.getLogger("sightline.cloud")
+INGEST = "sightline.v1.IngestService"
+DETECTION = "sightline.v1.DetectionService"
+
+
+async def serve(settings: CloudSettings) -> None:
+    """Runs the cloud until SIGTERM or SIGINT. Raises InvalidSettings, UnknownModel, InvalidBundle, Unavailable."""
+    logs.configure(settings.log_level, settings.log_format)
+    registry = CollectorRegistry()
+    metrics = CloudMetrics(registry)
+    draining = asyncio.Event()
+    ingest = IngestService(settings.cloud_id, settings.stream_limits, draining, metrics)
+    detection = DetectionService(settings.subscription_limits, settings.max_subscribers, metrics)
+    services: dict[str, Callable[[grpc.aio.Server], None]] = {
+        INGEST: functools.partial(ingest_pb2_grpc.add_IngestServiceServicer_to_server, ingest),
+        DETECTION: functools.partial(detection_pb2_grpc.add_DetectionServiceServicer_to_server, detection),
+    }
+    server = Server(settings, services, registry=registry, draining=draining)
+    async with stop_on_signal() as stop:
+        try:
+            await server.start()
+            await _run(settings, server, ingest, detection, metrics, stop)
+        finally:
+            await server.close()
+
+
+async def _run(
+    settings: CloudSettings,
+    server: Server,
+    ingest: IngestService,
+    detection: DetectionService,
+    metrics: CloudMetrics,
+    stop: asyncio.Event,
+) -> None:
+    """Opens what the services need, serves until `stop`, and closes it in the order that loses nothing."""
+    folder = settings.data_dir.expanduser()
+    log = await SqliteLog.open(folder / "detections.sqlite", settings.retention)
+    try:
+        quarantine = Quarantine(
+            folder / "quarantine.sqlite",
+            max_frames=settings.quarantine_max_frames,
+            max_bytes=int(settings.quarantine_max_bytes),
+        )
+        inference = await asyncio.to_thread(load_inference, settings, metrics)
+        inference.start()
+        pipeline = Pipeline(
+            inference,
+            log,
+            quarantine,
+            tasks=settings.task_names,
+            min_score=settings.min_score,
+            limits=settings.pipeline_limits,
+            metrics=metrics,
+        )
+        ingest.open(pipeline)
+        detection.open(pipeline, log)
+        for service in (INGEST, DETECTION):
+            await server.set_serving(service, True)
+        server.announce(log_id=log.log_id, models=sorted(inference.codecs), tasks=list(inference.tasks))
+
+        await stop.wait()
+        last_events = asyncio.create_task(_end_subscriptions(server, ingest, pipeline, detection))
+        await server.drain()
+        last_events.cancel()
+        await asyncio.gather(last_events, return_exceptions=True)
+        await inference.close()
+        await quarantine.close()
+    finally:
+        await log.close()
+    _log.info("stopped")
+
+
+async def _end_subscriptions(
+    server: Server, ingest: IngestService, pipeline: Pipeline, detection: DetectionService
+) -> None:
+    """Once the last upload is answered, lets consumers have what was logged, and go."""
+    await server.draining.wait()
+    await ingest.until_idle()
+    await pipeline.close()
+    detection.stop.set()
+
+
+def load_inference(settings: CloudSettings, metrics: CloudMetrics) -> Inference:
+    """Loads and warms up codecs and task models. Blocks. Raises UnknownModel, InvalidBundle, Unavailable."""
+    cores = len(os.sched_getaffinity(0))
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    codecs = [Codec.load(name, device=settings.device, dtype=dtype) for name in settings.model_references]
+    threads = settings.threads or cores
+    tasks = [load_task(name, device=settings.device, threads=threads) for name in settings.all_task_names]
+    for codec in codecs:
+        metrics.model_info.labels("codec", codec.bundle.name, codec.model_id).set(1)
+    for task in tasks:
+        metrics.model_info.labels("task", task.name, task.model_id).set(1)
+    inference = Inference(
+        codecs,
+        tasks,
+        limits=settings.batch_limits,
+        threads=threads,
+        unpack_threads=settings.unpack_threads or cores,
+        metrics=metrics,
+    )
+    inference.warm_up()
+    _log.info(
+        "models loaded",
+        extra=logs.facts(codecs=[codec.bundle.name for codec in codecs], tasks=[task.name for task in tasks]),
+    )
+    return inference
