@@ -71,6 +71,7 @@ class Anchor:
     name: str
     quantisers: tuple[int, ...]
     settings: str
+    decoder: str
     compress: Callable[[Rgb, int], bytes] = field(repr=False)
     expand: Callable[[bytes, int, int], Rgb] = field(repr=False)
     count_bits: Callable[[bytes], int] = field(repr=False)
@@ -79,6 +80,11 @@ class Anchor:
     @property
     def identity(self) -> str:
         return f"{self.name}|{self.settings}|resize=lanczos|pad=replicate-even"
+
+    @property
+    def decoding(self) -> str:
+        """Whatever decides the decoded pixels, given the bytes."""
+        return f"{self.decoder}|resize=bicubic"
 
     @property
     def points(self) -> list[Point]:
@@ -131,10 +137,12 @@ def jpeg() -> Anchor:
     import PIL
     from PIL import features
 
+    library = f"pillow={PIL.__version__}|jpeg={features.version('jpg')}"
     return Anchor(
         name="jpeg",
         quantisers=(90, 75, 55, 35, 20, 10, 5),
-        settings=f"pillow={PIL.__version__}|jpeg={features.version('jpg')}|subsampling=4:2:0|optimize",
+        settings=f"{library}|subsampling=4:2:0|optimize",
+        decoder=library,
         compress=_jpeg_compress,
         expand=_jpeg_expand,
         count_bits=jpeg_picture_bits,
@@ -204,7 +212,7 @@ def _ffmpeg_anchor(
         return np.frombuffer(done.stdout, np.uint8).reshape(height, width, 3)
 
     settings = f"{version}|{' '.join(arguments)}|{_TO_YUV}"
-    return Anchor(name, quantisers, settings, compress, expand, count_bits)
+    return Anchor(name, quantisers, settings, f"{version}|{_TO_RGB}", compress, expand, count_bits)
 
 
 def _run(command: list[str], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

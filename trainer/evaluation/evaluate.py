@@ -1,0 +1,218 @@
+"""`sightline evaluate`: rate and task accuracy of Sightline and the anchors on one set, in one run.
+
+    set, networks, codecs --> every series codes every picture at every setting --> decoded pictures --> detections
+        --> accuracy and its draws --> BD-rates, checks --> tables, plots, report
+
+Anchors are encoded once ever (`coded_store`), detections once a network and decoded picture (`detections`); both live
+under `cache_dir`, so a killed run goes on and a second one is post-processing.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cloud.tasks.loading import load_task
+from cloud.tasks.types import TaskKind, TaskModel
+from shared.codec.codec import Codec
+from shared.errors import InvalidSettings
+from trainer.evaluation.accuracy import Judge
+from trainer.evaluation.anchors import anchor_by_name
+from trainer.evaluation.cityscapes import LabelSpace, load_cityscapes
+from trainer.evaluation.coded_store import CodedStore, Job, encode_jobs
+from trainer.evaluation.comparison import Comparison, Point, TopCheck, check_top, compare
+from trainer.evaluation.detections import DetectionStore, detect
+from trainer.evaluation.evaluation_set import EvaluationSet, load_set
+from trainer.evaluation.series import (
+    AnchorSeries,
+    Coding,
+    OriginalSeries,
+    Series,
+    SightlineSeries,
+    UnquantisedSeries,
+)
+
+QUALITIES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+ANCHORS = ("jpeg", "hevc", "av1", "vvc")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateSettings:
+    """What to evaluate. `tasks`: networks trained through; `witnesses`: networks that took no part in training or
+    choice; both by the names `load_task` takes. `codecs`: bundle names or folders. `anchors`: see `anchor_by_name`.
+
+    `images_dir`, `annotations`: a COCO-format set; or `cityscapes`: the root of Cityscapes' own layout.
+    `image_ids`: only these pictures. `encode_missing`: False uses only those anchor points that are stored for every
+    picture already. `draws`: of the bootstrap.
+    """
+
+    out_dir: Path
+    cache_dir: Path
+    codecs: tuple[str, ...]
+    tasks: tuple[str, ...]
+    witnesses: tuple[str, ...] = ()
+    images_dir: Path | None = None
+    annotations: Path | None = None
+    cityscapes: Path | None = None
+    cityscapes_split: str = "val"
+    cityscapes_labels: LabelSpace = "coco"
+    image_ids: tuple[int, ...] | None = None
+    anchors: tuple[str, ...] = ANCHORS
+    qualities: tuple[float, ...] = QUALITIES
+    workers: int = 2
+    draws: int = 500
+    encode_missing: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if (self.cityscapes is None) == (self.images_dir is None or self.annotations is None):
+            raise InvalidSettings("evaluate: give either images_dir and annotations, or cityscapes")
+        if not self.tasks and not self.witnesses:
+            raise InvalidSettings("evaluate: tasks: at least one network is needed")
+        if self.workers < 1 or self.draws < 1:
+            raise InvalidSettings(f"evaluate: workers and draws must be positive, got {self.workers}, {self.draws}")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """Everything measured with one network. `role`: trained through, or witness (took no part)."""
+
+    task: str
+    role: Literal["trained through", "witness"]
+    original: Point
+    points: tuple[Point, ...]
+    controls: tuple[Point, ...]
+    comparisons: tuple[Comparison, ...]
+    checks: tuple[TopCheck, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a run found. `series`, `anchors`: names in the order they were asked for."""
+
+    settings: EvaluateSettings
+    pictures: EvaluationSet
+    series: tuple[str, ...]
+    anchors: tuple[str, ...]
+    model_ids: dict[str, str]
+    results: tuple[TaskResult, ...]
+    task_ids: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(settings: EvaluateSettings) -> Evaluation:
+    """Run the evaluation and return its figures; `report.write` puts them on disk.
+
+    Raises InvalidInput for a set that cannot be read, UnknownModel and InvalidBundle for networks and codecs,
+    Unavailable for an encoder that ffmpeg lacks, all before the first picture is coded.
+    """
+    pictures = _load_set(settings)
+    names = (*settings.tasks, *settings.witnesses)
+    tasks = [load_task(name, device=settings.device, threads=settings.workers) for name in names]
+    for task in tasks:
+        if task.kind not in (TaskKind.DETECTION, TaskKind.INSTANCE_SEGMENTATION):
+            raise InvalidSettings(f"evaluate: tasks: {task.name} does {task.kind}, needed detection or instances")
+    codecs = {short_name(name): _load_codec(name, settings.device) for name in settings.codecs}
+    store = CodedStore(settings.cache_dir / "anchors")
+    anchors = [AnchorSeries(a, store, tuple(a.points)) for a in map(anchor_by_name, settings.anchors)]
+    with _progress() as progress:
+        if settings.encode_missing:
+            _encode(anchors, pictures, settings.workers, progress)
+        else:
+            anchors = [series.stored(pictures.pictures) for series in anchors]
+        sightline = [SightlineSeries(f"sightline-{n}", codec, settings.qualities) for n, codec in codecs.items()]
+        controls = [UnquantisedSeries(f"sightline-{n}-unquantised", codec) for n, codec in codecs.items()]
+        every: list[Series] = [OriginalSeries(), *sightline, *controls, *anchors]
+        points = _measure(every, tasks, pictures, settings, progress)
+    series, rivals = tuple(s.name for s in sightline), tuple(a.name for a in anchors)
+    results = []
+    for index, (name, task_points) in enumerate(zip(names, points, strict=True)):
+        task, original = short_name(name), next(p for p in task_points if p.series == "original")
+        curve = [p for p in task_points if p.series in (*series, *rivals)]
+        results.append(
+            TaskResult(
+                task=task,
+                role="trained through" if index < len(settings.tasks) else "witness",
+                original=original,
+                points=tuple(curve),
+                controls=tuple(p for p in task_points if p.series.endswith("-unquantised")),
+                comparisons=tuple(compare(task, curve, original, series, rivals)),
+                checks=tuple(check_top(task, curve, original, series)),
+            )
+        )
+    model_ids = {name: codec.model_id for name, codec in codecs.items()}
+    task_ids = {short_name(name): task.model_id for name, task in zip(names, tasks, strict=True)}
+    return Evaluation(settings, pictures, series, rivals, model_ids, tuple(results), task_ids)
+
+
+def short_name(name: str) -> str:
+    """What a codec or network is called in tables: its name, or the last part of its path."""
+    return Path(name).stem if Path(name).suffix == ".onnx" else Path(name).name
+
+
+def _load_set(settings: EvaluateSettings) -> EvaluationSet:
+    if settings.cityscapes is not None:
+        return load_cityscapes(settings.cityscapes, settings.cityscapes_split, labels=settings.cityscapes_labels)
+    if settings.images_dir is None or settings.annotations is None:
+        raise InvalidSettings("evaluate: give images_dir and annotations")
+    return load_set(settings.images_dir, settings.annotations, settings.image_ids)
+
+
+def _load_codec(name: str, device: str) -> Codec:
+    return Codec.load(Path(name) if (Path(name) / "manifest.json").is_file() else name, device=device)
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def _encode(anchors: Sequence[AnchorSeries], pictures: EvaluationSet, workers: int, progress: Progress) -> None:
+    """Make what the store lacks, anchor by anchor, the coarse points of every picture first."""
+    for series in anchors:
+        jobs = [Job(series.anchor, p.path, point) for point in series.points for p in pictures.pictures]
+        bar = progress.add_task(f"encode {series.name}", total=len(jobs))
+        for _ in encode_jobs(series.store, jobs, workers=workers):
+            progress.advance(bar)
+
+
+def _measure(
+    every: Sequence[Series],
+    tasks: Sequence[TaskModel],
+    pictures: EvaluationSet,
+    settings: EvaluateSettings,
+    progress: Progress,
+) -> list[list[Point]]:
+    """Points by network, in the order of series and settings. The first series is the original."""
+    points: list[list[Point]] = [[] for _ in tasks]
+    judges: list[Judge] = []
+    store = DetectionStore(settings.cache_dir / "detections.sqlite")
+    try:
+        with ThreadPoolExecutor(settings.workers) as pool:
+            for series in every:
+                bar = progress.add_task(f"detect {series.name}", total=len(series.settings) * len(pictures.pictures))
+                for index, setting in enumerate(series.settings):
+                    codings = [series.code(picture, index) for picture in pictures.pictures]
+                    found = detect(tasks, store, codings, pool, lambda count, bar=bar: progress.advance(bar, count))
+                    judges = judges or [
+                        Judge(task, pictures, own, settings.draws) for task, own in zip(tasks, found, strict=True)
+                    ]
+                    for judge, own, out in zip(judges, found, points, strict=True):
+                        measured = judge.measure(codings, own)
+                        out.append(_point(series.name, setting, codings, pictures.pixels, measured))
+    finally:
+        store.close()
+    return points
+
+
+def _point(series: str, setting: str, codings: Sequence[Coding], pixels: int, measured: dict) -> Point:  # type: ignore[type-arg]
+    return Point(
+        series,
+        setting,
+        file_bpp=sum(coding.file_bits for coding in codings) / pixels,
+        encode_s=float(np.median([coding.encode_s for coding in codings])),
+        decode_s=float(np.median([coding.decode_s for coding in codings])),
+        measured=measured,
+    )
