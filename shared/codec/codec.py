@@ -234,7 +234,7 @@ class Codec:
         height, width = frames[0].height, frames[0].width
         shape = self.latent_shape(height, width).y
         if len(frames) == 1:
-            rgb = torch.from_numpy(frames[0].rgb)[None]
+            rgb = torch.from_numpy(np.require(frames[0].rgb, requirements="W"))[None]
         else:
             rgb = torch.from_numpy(np.stack([f.rgb for f in frames]))
         rgb = rgb.to(self.device).permute(0, 3, 1, 2)
