@@ -114,12 +114,12 @@ class SpoolFile:
         (application_id,) = db.execute("PRAGMA application_id").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables and application_id != APPLICATION_ID:
-            raise InvalidSettings(f"setting spool_path: {path} is an SQLite file, but no spool")
+            raise InvalidSettings(f"setting data_dir: {path} is an SQLite file, but no spool")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts only before the first table
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise InvalidSettings(
-                f"setting spool_path: expected a file system that can do WAL, got mode {mode} at {path}"
+                f"setting data_dir: expected a file system that can do WAL, got mode {mode} at {path}"
             )
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {WAL_ROOM_BYTES}")
@@ -132,7 +132,7 @@ class SpoolFile:
                 db.execute(f"PRAGMA user_version = {FORMAT}")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != FORMAT:
-            raise InvalidSettings(f"setting spool_path: expected spool format {FORMAT}, {path} has {version}")
+            raise InvalidSettings(f"setting data_dir: expected spool format {FORMAT}, {path} has {version}")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
