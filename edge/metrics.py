@@ -1,0 +1,103 @@
+"""The edge's own Prometheus metrics. A camera chooses its id, so that label is bounded."""
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from edge.spool import Stats
+from shared.metrics import BPP_BUCKETS, BYTES_BUCKETS, SECONDS_BUCKETS, BoundedLabel
+
+MAX_CAMERA_LABELS = 200
+
+
+class EdgeMetrics:
+    """One set a server, in that server's registry. `spool` gives the spool's latest figures."""
+
+    def __init__(self, registry: CollectorRegistry, spool: Callable[[], Stats]) -> None:
+        self.camera = BoundedLabel(MAX_CAMERA_LABELS)
+        self.frames = Counter(
+            "sightline_edge_frames", "Pictures answered, by camera and state of the receipt.", ["camera", "state"],
+            registry=registry,
+        )  # fmt: skip
+        self.failed = Counter(
+            "sightline_edge_frames_failed", "Pictures refused, by gRPC status.", ["code"], registry=registry
+        )
+        self.encode_seconds = Histogram(
+            "sightline_edge_encode_seconds",
+            "Stages of encoding: image, queue, analyse (transforms; of a whole batch), pack (entropy coding).",
+            ["stage"],
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.batch_frames = Histogram(
+            "sightline_edge_batch_frames", "Frames that passed the transforms together.",
+            buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry,
+        )  # fmt: skip
+        self.frame_bytes = Histogram(
+            "sightline_edge_frame_bytes", "Coded size of a frame.", buckets=BYTES_BUCKETS, registry=registry
+        )
+        self.bits_per_pixel = Histogram(
+            "sightline_edge_bits_per_pixel", "Coded size of a frame.", buckets=BPP_BUCKETS, registry=registry
+        )
+        self.in_flight_bytes = Gauge("sightline_edge_in_flight_bytes", "Pictures in work, as RGB.", registry=registry)
+        self.spool_seconds = Histogram(
+            "sightline_edge_spool_seconds", "Until a frame was on the disk.", buckets=SECONDS_BUCKETS, registry=registry
+        )
+        self.uplink_connected = Gauge(
+            "sightline_edge_uplink_connected", "1 while the cloud has welcomed this edge.", registry=registry
+        )
+        self.uplink_in_flight_frames = Gauge(
+            "sightline_edge_uplink_in_flight_frames", "Frames sent and not finally acknowledged.", registry=registry
+        )
+        self.uplink_sent_bytes = Counter(
+            "sightline_edge_uplink_sent_bytes", "Both streams of frames sent, resends included.", registry=registry
+        )
+        self.uplink_sent_frames = Counter(
+            "sightline_edge_uplink_sent_frames", "Frames sent, resends included.", registry=registry
+        )
+        self.uplink_acks = Counter(
+            "sightline_edge_uplink_acks", "Acknowledgements, by kind and reason.", ["kind", "reason"], registry=registry
+        )
+        self.uplink_connects = Counter(
+            "sightline_edge_uplink_connects", "Upload streams opened, by how they ended.", ["end"], registry=registry
+        )
+        self.model_info = Gauge(
+            "sightline_edge_model_info", "Codec bundles loaded.", ["model_id", "name"], registry=registry
+        )
+        self._gauge(registry, "spool_frames", "Frames without a final acknowledgement.", lambda: spool().frames)
+        self._gauge(registry, "spool_used_bytes", "Pages of the spool in use.", lambda: spool().used_bytes)
+        self._gauge(registry, "spool_writable", "0 while the disk is full or broken.", lambda: spool().writable)
+        self._gauge(
+            registry, "spool_oldest_age_seconds", "Age of the oldest frame in the spool.", lambda: _age_s(spool())
+        )
+        registry.register(_SpoolTally(spool))
+
+    @staticmethod
+    def _gauge(registry: CollectorRegistry, name: str, text: str, value: Callable[[], float]) -> None:
+        Gauge(f"sightline_edge_{name}", text, registry=registry).set_function(value)
+
+
+class _SpoolTally(Collector):
+    """The spool's own counts, as counters."""
+
+    def __init__(self, spool: Callable[[], Stats]) -> None:
+        self._spool = spool
+
+    def collect(self) -> list[CounterMetricFamily]:
+        tally = self._spool().tally
+        lost = CounterMetricFamily(
+            "sightline_edge_spool_given_up", "Frames that the spool gave up, by how they end.", labels=["outcome"]
+        )
+        lost.add_metric(["dropped"], tally.dropped)
+        lost.add_metric(["expired"], tally.expired)
+        lost.add_metric(["damaged"], tally.damaged)
+        refused = CounterMetricFamily("sightline_edge_spool_refused", "Frames refused because the spool was full.")
+        refused.add_metric([], tally.refused)
+        return [lost, refused]
+
+
+def _age_s(stats: Stats) -> float:
+    return 0.0 if stats.oldest_us is None else max(0.0, time.time() - stats.oldest_us / 1e6)

@@ -1,0 +1,174 @@
+"""The edge process: builds its parts once, in order, and takes them down in the reverse order.
+
+    settings -> codecs -> spool -> engine -> uplink -> gRPC server -> ready
+    SIGTERM  -> no new calls, running ones finish -> uplink gets its acknowledgements -> spool is closed -> exit 0
+
+The cloud need not be there: pictures are encoded and spooled, and sent when it is.
+"""
+
+import asyncio
+import logging
+
+import grpc
+import torch
+from prometheus_client import CollectorRegistry
+from sightline.v1 import edge_pb2_grpc
+
+from edge.engine import Engine
+from edge.images import ImageLimits
+from edge.metrics import EdgeMetrics
+from edge.service import Defaults, EdgeService
+from edge.settings import EdgeSettings
+from edge.spool import Spool
+from edge.spool_file import Limits
+from edge.uplink import Uplink
+from shared import logs
+from shared.codec.codec import Codec
+from shared.codec.types import Frame
+from shared.errors import InvalidSettings
+from shared.logs import facts
+from shared.rpc import tls
+from shared.rpc.server import Server, stop_on_signal
+
+_log = logging.getLogger("sightline.edge")
+
+SERVICE = "sightline.v1.EdgeService"
+LAST_ACKS_S = 5.0
+
+
+async def serve(settings: EdgeSettings) -> None:
+    """Serves until SIGTERM or SIGINT. Raises InvalidSettings, InvalidBundle, UnknownModel, Unavailable."""
+    logs.configure(settings.log_level, settings.log_format)
+    async with stop_on_signal() as stop:
+        edge = await Edge.start(settings)
+        try:
+            edge.server.announce(edge_id=settings.edge_id)
+            _log.info("ready", extra=facts(port=edge.server.port, metrics_port=edge.server.metrics_port))
+            await stop.wait()
+            await edge.server.drain()
+        finally:
+            await edge.close()
+    _log.info("stopped")
+
+
+class Edge:
+    """All parts of a running edge. Made by `start`, ended by `close`."""
+
+    def __init__(self, server: Server, spool: Spool, engine: Engine, uplink: Uplink | None) -> None:
+        self.server = server
+        self.spool = spool
+        self.engine = engine
+        self.uplink = uplink
+
+    @classmethod
+    async def start(cls, settings: EdgeSettings) -> "Edge":
+        """Builds every part and starts to serve. Raises as `serve`."""
+        codecs = await asyncio.to_thread(_load_codecs, settings)
+        spool = Spool(settings.data_dir / "spool.sqlite", _spool_limits(settings))
+        registry = CollectorRegistry()
+        metrics = EdgeMetrics(registry, lambda: spool.stats)
+        for name, codec in codecs.items():
+            metrics.model_info.labels(codec.model_id, name).set(1)
+        engine = Engine(
+            {codec.model_id: codec for codec in codecs.values()},
+            in_flight_max_bytes=int(settings.in_flight_max_bytes),
+            batch_frames=settings.batch_frames,
+            batch_pixels=settings.batch_pixels,
+            workers=settings.workers,
+        )
+        draining = asyncio.Event()
+        service = EdgeService(engine, spool, metrics, _defaults(settings, codecs), draining)
+        server = Server(
+            settings,
+            {SERVICE: lambda grpc_server: edge_pb2_grpc.add_EdgeServiceServicer_to_server(service, grpc_server)},
+            registry=registry,
+            draining=draining,
+        )
+        edge = cls(server, spool, engine, None)
+        try:
+            await server.start()
+            if settings.cloud:
+                edge.uplink = _uplink(settings, spool, metrics, [codec.model_id for codec in codecs.values()])
+                edge.uplink.start()
+            await server.set_serving(SERVICE, True)
+        except BaseException:
+            await edge.close()
+            raise
+        return edge
+
+    async def close(self) -> None:
+        """Ends everything: what is spooled stays, what waits for an acknowledgement waits a moment longer."""
+        if self.uplink is not None:
+            await self.uplink.close(LAST_ACKS_S)
+        await self.server.close()
+        await self.engine.close()
+        await self.spool.close()
+
+
+def _load_codecs(settings: EdgeSettings) -> dict[str, Codec]:
+    """By name, the default first; each has coded a small frame, so that no camera waits for a compiler."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    codecs: dict[str, Codec] = {}
+    for reference in settings.models:
+        codec = Codec.load(reference, device=settings.device, dtype=dtype)
+        name = codec.bundle.name
+        if name in codecs:
+            raise InvalidSettings(f"setting models: two bundles are named {name!r}; expected different ones")
+        codec.encode(Frame(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()), settings.quality)
+        codecs[name] = codec
+    return codecs
+
+
+def _defaults(settings: EdgeSettings, codecs: dict[str, Codec]) -> Defaults:
+    models = {name: codec.model_id for name, codec in codecs.items()}
+    return Defaults(
+        quality=settings.quality,
+        models=models | {model_id: model_id for model_id in models.values()},
+        frame_max_age_s=settings.frame_max_age_s,
+        delivers=bool(settings.cloud),
+        limits=ImageLimits(settings.max_side, settings.max_pixels),
+        stream_window=settings.stream_window,
+    )
+
+
+def _spool_limits(settings: EdgeSettings) -> Limits:
+    return Limits(
+        max_bytes=int(settings.spool_max_bytes),
+        max_age_us=int(settings.spool_max_age_s * 1e6),
+        drop_oldest=settings.spool_policy == "drop-oldest",
+        token_keep_us=int(settings.token_keep_s * 1e6),
+        max_tokens=settings.token_max,
+        quarantine_frames=settings.quarantine_max_frames,
+        quarantine_bytes=int(settings.quarantine_max_bytes),
+        max_cameras=settings.max_cameras,
+    )
+
+
+def _uplink(settings: EdgeSettings, spool: Spool, metrics: EdgeMetrics, model_ids: list[str]) -> Uplink:
+    tls.split_address(settings.cloud, "cloud")
+
+    def credentials() -> grpc.ChannelCredentials | None:
+        return tls.channel_credentials(
+            settings.cloud,
+            settings.cloud_ca,
+            settings.cloud_certificate,
+            settings.cloud_key,
+            insecure=settings.cloud_insecure,
+            setting="cloud",
+        )
+
+    def open_channel() -> grpc.aio.Channel:
+        return tls.open_channel(settings.cloud, credentials(), max_message_bytes=int(settings.max_message_bytes))
+
+    credentials()  # settings that are wrong now are an error at start; files that vanish later are tried again
+    return Uplink(
+        spool,
+        metrics,
+        open_channel,
+        edge_id=settings.edge_id,
+        model_ids=model_ids,
+        backoff_max_s=settings.uplink_backoff_max_s,
+        stall_s=settings.uplink_stall_s,
+    )

@@ -1,0 +1,248 @@
+"""One Upload stream, from hello to its end: what was sent on it, what was acknowledged, what is still owed.
+
+A session only sends and listens. Which frame is next, and what an acknowledgement means for the spool, is for
+`edge.uplink`, which outlives it.
+
+    run -> hello -> welcomed -> frames against credit, acks -> (drain -> half-close) -> ended
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+from sightline.v1 import ingest_pb2, ingest_pb2_grpc
+
+from edge.spool_rows import Entry, Final, Outcome
+from shared.codec.bitstream import payload_crc
+from shared.logs import facts, frame_id
+from shared.metrics import software_version
+
+if TYPE_CHECKING:
+    from edge.uplink import Uplink
+
+_log = logging.getLogger("sightline.edge.uplink")
+
+PROTOCOL_VERSION = 1
+MAX_SOURCES = 65536
+MAX_MODELS = 256
+FRAMES_AT_ONCE = 32
+_OUTCOMES = {int(outcome): outcome for outcome in Outcome if outcome is not Outcome.NONE}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    id: int
+    model_id: str
+
+
+class Session:
+    """See the head of this module. `run` once; the futures tell how far it has come."""
+
+    def __init__(self, uplink: "Uplink", channel: grpc.aio.Channel) -> None:
+        loop = asyncio.get_running_loop()
+        self.welcomed: asyncio.Future[None] = loop.create_future()
+        self.draining: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.in_flight: dict[tuple[int, int], _Sent] = {}
+        self.progressed = False  # something was finally acknowledged
+        self._uplink = uplink
+        self._channel = channel
+        self._call = ingest_pb2_grpc.IngestServiceStub(channel).Upload()  # type: ignore[no-untyped-call,unused-ignore]
+        self._models: dict[str, int] = {}
+        self._sources: dict[tuple[str, int], int] = {}
+        self._announced: set[int] = set()
+        self._credit_frames = 0
+        self._credit_bytes = 0
+        self._heard = time.monotonic()
+        self._stalled = False
+
+    async def run(self) -> None:
+        """Lives until the stream has ended, however that happens; raises only when cancelled from outside."""
+        tasks = [asyncio.create_task(self._watch())]
+        reason = "ok"
+        try:
+            await self._call.write(ingest_pb2.UploadRequest(hello=self._hello()))
+            async for response in self._call:
+                self._heard = time.monotonic()
+                if response.WhichOneof("message") == "welcome" and not self.welcomed.done():
+                    self._on_welcome(response.welcome)
+                    tasks.append(asyncio.create_task(self._send()))
+                else:
+                    self._on_message(response)
+        except grpc.aio.AioRpcError as error:
+            reason = error.code().name.lower()
+            _log.warning("the upload stream ended", extra=facts(code=reason, detail=error.details()))
+        except asyncio.CancelledError:
+            if not self._stalled:
+                raise
+            reason = "stalled"
+            _log.warning("the cloud owed an answer for too long; the upload stream was given up")
+        except Exception:
+            reason = "failed"
+            _log.exception("the upload stream failed")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._uplink.on_ended(self, reason)
+            self.ended.set_result(None)
+            await self._channel.close()
+
+    def ask_to_drain(self) -> None:
+        """Sends nothing new from now on."""
+        if not self.draining.done():
+            self.draining.set_result(None)
+
+    async def half_close(self) -> None:
+        """Tells the cloud that nothing more comes; its acknowledgements still do."""
+        self.ask_to_drain()
+        try:
+            await self._call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # it ended by itself
+
+    # -- up ------------------------------------------------------------------------------------------------------
+
+    def _hello(self) -> ingest_pb2.Hello:
+        self._models = {model_id: index for index, model_id in enumerate(self._uplink.model_ids)}
+        return ingest_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            edge_id=self._uplink.edge_id,
+            boot_id=self._uplink.boot_id,
+            models=[ingest_pb2.ModelAnnouncement(index=i, model_id=m) for m, i in self._models.items()],
+            software_version=software_version(),
+        )
+
+    async def _send(self) -> None:
+        while not self.draining.done():
+            if max(len(self._sources) - MAX_SOURCES, len(self._models) - MAX_MODELS) > -FRAMES_AT_ONCE:
+                self.ask_to_drain()  # indexes run out: the next stream begins anew
+                return
+            if self._credit_frames < 1 or self._credit_bytes < 1:
+                await self._uplink.look_again()
+                continue
+            entries = await self._uplink.next_entries(
+                frames=min(self._credit_frames, FRAMES_AT_ONCE), max_bytes=self._credit_bytes
+            )
+            try:
+                for entry in entries:
+                    self._claim(entry)
+                for entry in entries:
+                    await self._send_entry(entry)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the reader hears the reason
+
+    def _claim(self, entry: Entry) -> None:
+        """From here on the frame is this session's to send again or to have acknowledged."""
+        source = self._sources.setdefault((entry.name.camera_id, entry.name.epoch), len(self._sources))
+        model_id = entry.bitstream.model_id if entry.bitstream else ""
+        self.in_flight[source, entry.name.seq] = _Sent(entry.id, model_id)
+
+    async def _send_entry(self, entry: Entry) -> None:
+        source = self._sources[entry.name.camera_id, entry.name.epoch]
+        if source not in self._announced:
+            self._announced.add(source)
+            announcement = ingest_pb2.SourceAnnouncement(
+                index=source, camera_id=entry.name.camera_id, epoch=entry.name.epoch
+            )
+            await self._call.write(ingest_pb2.UploadRequest(source=announcement))
+        self._credit_frames -= 1
+        bits = entry.bitstream
+        if bits is None:
+            tombstone = ingest_pb2.FrameTombstone(
+                source_index=source,
+                seq=entry.name.seq,
+                capture_time_unix_us=entry.captured_us,
+                spooled_time_unix_us=entry.spooled_us,
+                outcome=int(entry.outcome),  # type: ignore[arg-type,unused-ignore]
+                reason=entry.reason,
+            )
+            await self._call.write(ingest_pb2.UploadRequest(tombstone=tombstone))
+            return
+        if bits.model_id not in self._models:
+            self._models[bits.model_id] = len(self._models)
+            model = ingest_pb2.ModelAnnouncement(index=self._models[bits.model_id], model_id=bits.model_id)
+            await self._call.write(ingest_pb2.UploadRequest(model=model))
+        self._credit_bytes -= len(bits.hyper) + len(bits.latents)
+        frame = ingest_pb2.FrameUpload(
+            source_index=source,
+            seq=entry.name.seq,
+            model_index=self._models[bits.model_id],
+            capture_time_unix_us=entry.captured_us,
+            spooled_time_unix_us=entry.spooled_us,
+            expires_time_unix_us=entry.expires_us,
+            width=bits.width,
+            height=bits.height,
+            quality_steps=bits.quality,
+            hyper=bits.hyper,
+            latents=bits.latents,
+            symbols_crc=bits.symbols_crc,
+            payload_crc=payload_crc(bits),
+            resends=self._uplink.resends(entry.id),
+            idempotency_token=entry.token,
+        )
+        await self._call.write(ingest_pb2.UploadRequest(frame=frame))
+        self._uplink.on_sent(len(bits.hyper) + len(bits.latents))
+
+    # -- down ----------------------------------------------------------------------------------------------------
+
+    def _on_welcome(self, welcome: ingest_pb2.Welcome) -> None:
+        _log.info("the cloud welcomed this edge", extra=facts(cloud=welcome.cloud_id))
+        self.welcomed.set_result(None)
+        self._uplink.on_welcome(set(welcome.model_ids))
+
+    def _on_message(self, response: ingest_pb2.UploadResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind == "credit":
+            self._credit_frames += response.credit.frames
+            self._credit_bytes += response.credit.bytes
+            self._uplink.look_again_now()
+        elif kind == "acks":
+            for ack in response.acks.acks:
+                self._on_ack(ack)
+        elif kind == "drain":
+            _log.info("the cloud drains this stream", extra=facts(reason=response.drain.reason))
+            self.ask_to_drain()
+            self._uplink.look_again_now()
+        # Anything else is from a newer cloud and may be left alone.
+
+    def _on_ack(self, ack: ingest_pb2.FrameAck) -> None:
+        key = (ack.source_index, ack.seq)
+        sent = self.in_flight.get(key)
+        self._uplink.on_ack(ack)
+        if sent is None or ack.state in (ingest_pb2.ACK_STATE_UNSPECIFIED, ingest_pb2.ACK_STATE_RECEIVED):
+            return
+        del self.in_flight[key]
+        if ack.state == ingest_pb2.ACK_STATE_RETRY_LATER:
+            unknown_model = ack.retry_reason == ingest_pb2.RETRY_REASON_UNKNOWN_MODEL
+            self._uplink.on_retry_later(
+                sent.id, sent.model_id if unknown_model else "", ack.retry_after_ms / 1000, ack.detail
+            )
+            return
+        self.progressed = True
+        rejected = ack.state == ingest_pb2.ACK_STATE_REJECTED
+        outcome = Outcome.REJECTED if rejected else _OUTCOMES.get(int(ack.outcome), Outcome.DETECTIONS)
+        if rejected:
+            _log.warning("the cloud rejected a frame", extra=facts(frame=self._frame_id(key), reason=ack.detail))
+        self._uplink.on_final(Final(sent.id, outcome, ack.detail))
+
+    def _frame_id(self, key: tuple[int, int]) -> str:
+        for (camera_id, epoch), index in self._sources.items():
+            if index == key[0]:
+                return frame_id(camera_id, epoch, key[1])
+        return f"?/{key[0]}/{key[1]}"
+
+    async def _watch(self) -> None:
+        """Gives up a cloud that took frames, or the hello, and says nothing; reads are never timed (grpc 43360)."""
+        while True:
+            await asyncio.sleep(min(1.0, self._uplink.stall_s / 4))
+            owes = not self.welcomed.done() or bool(self.in_flight)
+            if owes and time.monotonic() - self._heard > self._uplink.stall_s:
+                self._stalled = True
+                self._call.cancel()
+                return
+            if not owes:
+                self._heard = time.monotonic()
