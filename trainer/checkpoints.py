@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from cloud.tasks.checkpoints import load_strictly
 from shared.codec.transforms import Architecture
 from shared.errors import InvalidBundle, Unavailable
 from trainer.export import trainable_from_bundle
@@ -63,22 +64,6 @@ def starting_model(reference: str | None, architecture: Architecture | None) -> 
     if architecture is not None and model.arch != architecture:
         raise InvalidBundle(f"{reference}: bundle of another architecture: {_differences(model.arch, architecture)}")
     return model
-
-
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """`load_state_dict`, but another architecture is told by names and shapes."""
-    own = model.state_dict()
-    differences = [f"lacks {k}" for k in own if k not in state]
-    differences += [f"has unknown {k}" for k in state if k not in own]
-    differences += [
-        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise InvalidBundle(f"{path}: checkpoint of another architecture: {'; '.join(differences[:3])}{more}")
-    model.load_state_dict(state)
 
 
 def require_room(folder: Path, model: nn.Module, checkpoints: int) -> None:

@@ -26,8 +26,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cloud.tasks.checkpoints import load_strictly
 from shared.errors import InvalidInput, NumericalError
-from trainer.checkpoints import load_strictly, read_checkpoint, require_room, save_checkpoint, starting_model
+from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, starting_model
 from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
