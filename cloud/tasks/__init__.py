@@ -1,5 +1,7 @@
 """Frozen task models by name.
 
+One interface for all of them:
+
 model = load_task("faster-rcnn-mobilenetv2")
 for found in model.predict([image]):    # uint8 [3, H, W]
     ...

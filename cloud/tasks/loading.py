@@ -1,9 +1,11 @@
-"""Task models by name: `load_task`. A name is one of
+"""Task models by name: `load_task`.
 
-"faster-rcnn-mobilenetv2", "mask-rcnn-mobilenetv2"    bundled, nothing is downloaded
-"fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", ..., "deeplabv3_resnet50", ...    torchvision's builders
-a folder with manifest.json and weights.safetensors    a network made by `sightline train task`
-a path that ends in .onnx                              an ONNX detector with YOLOX's layout
+A name is one of these:
+
+    "faster-rcnn-mobilenetv2", "mask-rcnn-mobilenetv2"    bundled, nothing is downloaded
+    "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", ..., "deeplabv3_resnet50", ...    torchvision's builders
+    a folder with manifest.json and weights.safetensors    a network made by `sightline train task`
+    a path that ends in .onnx                              an ONNX detector with YOLOX's layout
 """
 
 import json
