@@ -49,7 +49,8 @@ def _utc(seconds: float) -> str:
 
 
 def configure(level: str, form: str) -> None:
-    """Sets up the root logger: `level` debug|info|warning|error, `form` console|json. Once a process."""
+    """`level` debug|info|warning|error, `form` console|json. Once a process. Other packages speak from warning up."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if form == "json" else _ConsoleFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("sightline").setLevel(level.upper())

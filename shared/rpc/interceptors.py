@@ -31,6 +31,7 @@ from shared.rpc import status
 
 _log = logging.getLogger("sightline.rpc")
 _LABELS = ["grpc_type", "grpc_service", "grpc_method"]
+_DEADLINE_SLACK_S = 0.1
 _ABOUT_THE_SERVER = ("grpc.health.", "grpc.reflection.")
 
 
@@ -109,7 +110,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             code = _code(context)
         except (asyncio.CancelledError, GeneratorExit):
             remaining = context.time_remaining()
-            expired = remaining is not None and remaining <= 0
+            # A caller whose deadline is over cancels, a little before that is so here.
+            expired = remaining is not None and remaining < _DEADLINE_SLACK_S
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         except BaseException:
