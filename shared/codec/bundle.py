@@ -79,6 +79,7 @@ def save_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     tensors, described = folder / (TENSORS + ".new"), folder / (MANIFEST + ".new")
     save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tensors)
+    tensors.chmod(0o644)  # safetensors writes for the owner alone; a bundle is for whoever runs the service
     described.write_text(json.dumps(manifest, indent=2) + "\n")
     tensors.replace(folder / TENSORS)
     described.replace(folder / MANIFEST)
