@@ -1,164 +1,176 @@
-"""rANS entropy coder (Duda 2013, arXiv 1311.2540) for integer symbols with a frequency table chosen for each.
+"""rANS entropy coder (Duda, arXiv 1311.2540) for integers, each coded by the frequency table its index names.
 
-Format: 32-bit states renormalised by 16-bit words; a state that has a word below it is in [2^16, 2^32).
+    stream    length of chunk varint, for all chunks but the last; chunks
+    chunk     head (0 to 2 bytes), words (uint16 each), all little-endian
+
+Symbols with an index below `skip_below` are not in the stream; they are 0. The n others are cut into equal chunks (the
+last may be shorter), 1 to 4 by their number, so that cores can share a frame; chunks know nothing of each other.
+
+A state x codes a symbol of frequency f and cumulative frequency c, of a table whose total is 2^14, by
+
+    x -> (x // f) 2^14 + x % f + c,    first giving its low word to the stream where x >= f 2^18
+
+which keeps it in [2^16, 2^32). The decoder undoes it, last coded first, and takes a word in where x < 2^16 and there is
+one left. Raw bits (of escapes: an Exp-Golomb code of order 0 of `shared.codec.tables.escape_value`) use the same state
+as symbols of frequency 2^(32 - bits) would.
+
+**A small chunk** (below 2^15 symbols) has one state that begins at 0, below its normal interval: up to the first word
+nothing is lost to the interval. The head is the final state's upper half without leading zero bytes.
+
+**A large chunk** has 32 states, symbol i in state i mod 32, so that a processor can step sixteen at once. The flush of
+32 states is not paid: the last 1024 to 1055 symbols are coded first, by one state as in a small chunk; the last 31
+words it gave away are taken back and become the states 1 to 31, as 2^16 + word (2^17 where there were not as many).
+State 0 goes on from where it is (plus 2^16, told by 2^17 + 1 in state 1, where it has not reached its interval). In the
+end states 31 to 1 are put into state 0 as raw bits: 16 low ones, the k others below the leading one, k in 4 bits. What
+remains is 4 to 5 bits for each state instead of 24.
+
+A decoded chunk must end with a state of 0 and with every word used, or it is not what an encoder made.
 """
 
+from concurrent.futures import Executor
+from itertools import pairwise
+
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from shared.codec.tables import PRECISION, EntropyTables
+from shared.codec import kernels
+from shared.codec.chunks import decode_chunk, encode_chunk
+from shared.codec.lanes import WIDTH
+from shared.codec.tables import EntropyTables
 from shared.errors import InvalidBitstream
 
-_LOW = 1 << 16  # states below it take in a word, if there is one left
-_MASK = (1 << PRECISION) - 1
-_ESCAPE_BITS = 33  # an escaped int32 is less than 2^33 - 1 off its table
+_CHUNK = 1 << 18  # symbols; a frame of more is cut
+_MAX_CHUNKS = 4
 
 
 def encode(
-    symbols: NDArray[np.int32], indexes: NDArray[np.uint8 | np.uint16], tables: EntropyTables, skip_below: int = 0
+    symbols: NDArray[np.int32],
+    indexes: NDArray[np.uint8],
+    tables: EntropyTables,
+    skip_below: int = 0,
+    *,
+    pool: Executor | None = None,
 ) -> bytes:
-    """Code `symbols` [n], each by the table `indexes` [n] names; where that is below skip_below, they must be 0."""
-    symbols, indexes = _coded(symbols, indexes, tables, skip_below)
-    room = len(symbols) + 64
-    while True:
-        words = np.empty(room, np.uint16)
-        x, p = _encode_serial(
-            symbols, indexes, words, tables.offsets, tables.sizes, tables.starts, tables.freqs, tables.cumulative
-        )
-        if p >= 0:
-            break
-        room *= 6
-    if x >= _LOW:
-        p -= 1
-        words[p] = x & 0xFFFF
-        x >>= 16
-    return int(x).to_bytes((int(x).bit_length() + 7) // 8, "little") + words[p:].astype("<u2").tobytes()
+    """Code `symbols` [n], each by the table that `indexes` [n] names. Any int32 can be coded.
+
+    Symbols with an index below `skip_below` are left out and must be 0. `pool` shares the chunks of a large frame out;
+    it must not be one that the call itself runs in. Raises ValueError where the arguments do not fit each other.
+    """
+    symbols, indexes = np.ascontiguousarray(symbols, np.int32), _checked(indexes, tables)
+    if symbols.shape != indexes.shape:
+        raise ValueError(f"expected as many symbols as indexes, got {symbols.shape} and {indexes.shape}")
+    if skip_below > 0:
+        coded_symbols = np.empty(len(symbols) + WIDTH, np.int32)
+        coded_indexes = np.empty(len(symbols) + WIDTH, np.uint8)
+        n = kernels.take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes)
+        if n < 0:
+            raise ValueError(f"symbols with an index below {skip_below} are not coded and must be 0")
+        symbols, indexes = coded_symbols[:n], coded_indexes[:n]
+    spans = _chunks(len(symbols))
+    chunks = list((pool.map if pool else map)(lambda span: _encode_chunk(symbols[span], indexes[span], tables), spans))
+    return b"".join([_length(chunk) for chunk in chunks[:-1]] + chunks)
 
 
 def decode(
-    data: bytes, indexes: NDArray[np.uint8 | np.uint16], tables: EntropyTables, skip_below: int = 0
+    data: bytes,
+    indexes: NDArray[np.uint8],
+    tables: EntropyTables,
+    skip_below: int = 0,
+    *,
+    pool: Executor | None = None,
 ) -> NDArray[np.int32]:
-    """Symbols [n] of a stream made by `encode` with the same indexes, tables, skip_below. Raises InvalidBitstream."""
-    coded = indexes >= skip_below
-    used = np.ascontiguousarray(indexes[coded])
-    _check_indexes(used, tables)
-    head = (len(data) + 1) % 2 + 1 if data else 0
-    x = int.from_bytes(data[:head], "little")
-    if head and x < 1 << (8 * head - 8):
-        raise InvalidBitstream("expected a stream that starts with a nonzero byte of its state, got zero")
-    words = np.frombuffer(data, "<u2", offset=head).astype(np.uint16)
-    symbols = np.empty(len(used), np.int32)
-    x, p = _decode_serial(
-        words, x, used, symbols, tables.offsets, tables.sizes, tables.starts, tables.freqs, tables.cumulative
-    )
-    if x != 0 or p != len(words):
-        raise InvalidBitstream(
-            f"expected the stream to end after {len(used)} symbols with state 0 and no words left, "
-            f"got state {x} and {len(words) - p} of {len(words)} words left"
-        )
-    out = np.zeros(len(indexes), np.int32)
-    out[coded] = symbols
+    """The symbols [n] that `encode` was given, from the same indexes, tables and skip_below.
+
+    Raises InvalidBitstream for bytes that no encoder made; takes bounded time and memory for any bytes.
+    """
+    indexes = _checked(indexes, tables)
+    coded = indexes
+    if skip_below > 0:
+        coded = np.empty(len(indexes) + WIDTH, np.uint8)
+        coded = coded[: kernels.take_coded_indexes(indexes, skip_below, coded)]
+    symbols = np.empty(len(coded) + WIDTH, np.int32)
+    spans = _chunks(len(coded))
+    parts = _split(data, len(spans))
+    tasks = [(part, coded[span], symbols[span], tables) for part, span in zip(parts, spans, strict=True)]
+    for _ in (pool.map if pool else map)(lambda task: _decode_chunk(*task), tasks):
+        pass
+    if skip_below <= 0:
+        return symbols[: len(coded)]
+    out = np.empty(len(indexes), np.int32)
+    kernels.put_coded(symbols, indexes, skip_below, out)
     return out
 
 
-def _coded(
-    symbols: NDArray[np.int32], indexes: NDArray[np.uint8 | np.uint16], tables: EntropyTables, skip_below: int
-) -> tuple[NDArray[np.int32], NDArray[np.uint8 | np.uint16]]:
-    coded = indexes >= skip_below
-    if symbols[~coded].any():
-        raise ValueError("symbols of skipped tables must be 0")
-    used = np.ascontiguousarray(indexes[coded])
-    _check_indexes(used, tables)
-    return np.ascontiguousarray(symbols[coded]), used
+def _checked(indexes: NDArray[np.uint8], tables: EntropyTables) -> NDArray[np.uint8]:
+    if indexes.dtype != np.uint8 or indexes.ndim != 1:
+        raise ValueError(f"expected indexes as uint8 [n], got {indexes.dtype} {list(indexes.shape)}")
+    if indexes.size and indexes.max() >= len(tables):  # the kernels rely on it
+        raise ValueError(f"expected indexes below the number of tables, {len(tables)}, got {indexes.max()}")
+    return np.ascontiguousarray(indexes)
 
 
-def _check_indexes(indexes: NDArray[np.uint8 | np.uint16], tables: EntropyTables) -> None:
-    if len(indexes) and indexes.max() >= len(tables):
-        raise ValueError(f"expected table indexes below {len(tables)}, got {indexes.max()}")
+def _chunks(n: int) -> list[slice]:
+    number = min(max(n // _CHUNK, 1), _MAX_CHUNKS)
+    size = -(-n // number)
+    return [slice(first, last) for first, last in pairwise([*(size * k for k in range(number)), n])]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _encode_serial(symbols, indexes, words, offsets, sizes, starts, freqs, cumulative):  # type: ignore[no-untyped-def]
-    x = 0
-    p = len(words)
-    for i in range(len(symbols) - 1, -1, -1):
-        if p < 8:
-            return 0, -1
-        t = indexes[i]
-        size = np.int64(sizes[t]) - 1
-        u = np.int64(symbols[i]) - offsets[t]
-        row = starts[t] + size
-        if 0 <= u < size:
-            row = starts[t] + u
-        else:
-            value = (2 * (u - size) if u >= size else -2 * u - 1) + 1
-            bits = 0
-            while value >> (bits + 1):
-                bits += 1
-            # Least significant bit first out means most significant first in; then a one after `bits` zeros.
-            for k in range(2 * bits + 1):
-                bit = (value >> k) & 1 if k < bits else (1 if k == bits else 0)
-                if x >= 1 << 31:
-                    p -= 1
-                    words[p] = x & 0xFFFF
-                    x >>= 16
-                x = x << 1 | bit
-        freq = np.int64(freqs[row])
-        if x >= freq << (32 - PRECISION):
-            p -= 1
-            words[p] = x & 0xFFFF
-            x >>= 16
-        x = ((x // freq) << PRECISION) + x % freq + np.int64(cumulative[row])
-    return x, p
+def _encode_chunk(symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables: EntropyTables) -> bytes:
+    look = tables.lookup
+    room = len(symbols) + 4 * kernels.WORDS_PAD  # 14 bits each and what the states hold, if none is an escape
+    while True:
+        words = np.empty(room, np.uint16)
+        x, p = encode_chunk(
+            symbols, indexes, words, look.bounds, look.freqs, look.cumulative, look.encode_tables, look.encode_rows
+        )
+        if p >= 0:
+            head = int(x).to_bytes((int(x).bit_length() + 7) // 8, "little")
+            return head + words[p:].astype("<u2", copy=False).tobytes()
+        room += 6 * len(symbols)  # 81 bits each, if all are escapes
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _decode_serial(words, x, indexes, symbols, offsets, sizes, starts, freqs, cumulative):  # type: ignore[no-untyped-def]
-    p = 0
-    if x < _LOW and p < len(words):
-        x = x << 16 | np.int64(words[p])
-        p += 1
-    for i in range(len(symbols)):
-        t = indexes[i]
-        slot = x & _MASK
-        low = starts[t]
-        high = low + sizes[t] - 1
-        while low < high:
-            middle = (low + high + 1) >> 1
-            if cumulative[middle] <= slot:
-                low = middle
-            else:
-                high = middle - 1  # type: ignore[assignment]
-        x = np.int64(freqs[low]) * (x >> PRECISION) + slot - np.int64(cumulative[low])
-        if x < _LOW and p < len(words):
-            x = x << 16 | np.int64(words[p])
-            p += 1
-        u = low - starts[t]
-        size = np.int64(sizes[t]) - 1
-        if u == size:
-            bits = 0
-            value = 1
-            k = -1  # bits still to read; -1 while zeros are counted
-            while k != 0:
-                bit = x & 1
-                x >>= 1
-                if x < _LOW and p < len(words):
-                    x = x << 16 | np.int64(words[p])
-                    p += 1
-                if k > 0:
-                    value = value << 1 | bit
-                    k -= 1
-                elif bit:
-                    k = bits
-                else:
-                    bits += 1
-                    if bits > _ESCAPE_BITS:
-                        return -1, p
-            value -= 1
-            u = size + (value >> 1) if value & 1 == 0 else -((value + 1) >> 1)
-        u += offsets[t]
-        if u < -(1 << 31) or u >= 1 << 31:
-            return -1, p
-        symbols[i] = u
-    return x, p
+def _decode_chunk(data: bytes, indexes: NDArray[np.uint8], symbols: NDArray[np.int32], tables: EntropyTables) -> None:
+    look = tables.lookup
+    head = 2 - len(data) % 2 if data else 0
+    x, count = int.from_bytes(data[:head], "little"), (len(data) - head) // 2
+    if head and x >> (8 * head - 8) == 0:
+        raise InvalidBitstream("expected a stream that begins with its state's first nonzero byte, got zero")
+    words = np.zeros(count + kernels.WORDS_PAD, np.uint16)
+    words[:count] = np.frombuffer(data, "<u2", offset=head)
+    left, p = decode_chunk(
+        words, count, x, indexes, symbols, look.bounds, look.freqs, look.cumulative,
+        look.first_wide, look.buckets, look.decode_tables, look.decode_rows,
+    )  # fmt: skip
+    if left != 0 or p != 0:
+        raise InvalidBitstream(
+            f"expected {len(indexes)} symbols to use up all of a stream of {len(data)} bytes and to leave state 0, got "
+            + ("one that is not coded by these tables" if p < 0 else f"state {left} and {p} words left")
+        )
+
+
+def _length(chunk: bytes) -> bytes:
+    value, out = len(chunk), bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _split(data: bytes, number: int) -> list[bytes]:
+    lengths, position = [], 0
+    for _ in range(number - 1):
+        value, shift = 0, 0
+        while True:
+            if position >= len(data) or shift > 28:
+                raise InvalidBitstream(f"expected {number - 1} chunk lengths before the chunks, got {data[:20].hex()}")
+            byte = data[position]
+            value |= (byte & 0x7F) << shift
+            position, shift = position + 1, shift + 7
+            if byte < 0x80:
+                break
+        lengths.append(value)
+    rest = len(data) - position - sum(lengths)
+    if rest < 0:
+        raise InvalidBitstream(f"expected chunks of {lengths} bytes and one more, got {len(data)} bytes in all")
+    ends = np.cumsum([position, *lengths, rest]).tolist()
+    return [data[first:last] for first, last in pairwise(ends)]

@@ -32,8 +32,10 @@ from shared.errors import InvalidBundle
 
 PRECISION = 14  # bits; frequencies of a table sum to 2^14
 TOTAL = 1 << PRECISION
-MAX_TABLES = 1 << 16  # an index is at most 16 bits wide
-MAX_ROWS = 1 << 24  # entries of all tables together
+MAX_TABLES = 256  # an index is a byte
+MAX_ROWS = 1 << 18  # entries of all tables together
+NARROW_BITS, WIDE_BITS = 7, 10  # of a slot, that choose its bucket in decoding
+_NARROW_SIZE = 48  # entries; tables of more get more buckets
 _VALUE_MIN, _VALUE_MAX = -(1 << 15), (1 << 15) - 1  # symbols that have an entry of their own
 
 
@@ -97,6 +99,11 @@ class EntropyTables:
         likeliest: NDArray[np.uint16] = np.maximum.reduceat(self.freqs, self.starts)
         return np.asarray(-np.log2(likeliest / TOTAL), np.float64)
 
+    @cached_property
+    def lookup(self) -> "Lookup":
+        """What the kernels read instead of the arrays above."""
+        return _build_lookup(self)
+
     def to_arrays(self, prefix: str) -> dict[str, NDArray[Any]]:
         """As they are kept in a bundle: `prefix.offsets`, `prefix.sizes`, `prefix.freqs`."""
         return {f"{prefix}.offsets": self.offsets, f"{prefix}.sizes": self.sizes, f"{prefix}.freqs": self.freqs}
@@ -121,6 +128,64 @@ class EntropyTables:
         for p, n in zip(position[escaped].tolist(), size[escaped].tolist(), strict=True):
             bits += 2 * (escape_value(p, n) + 1).bit_length() - 1
         return float(bits)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The tables as the kernels of `shared.codec.kernels` read them; "row" is a position in `freqs`.
+
+    `bounds`: int64 [T, 3], offset, entries without the escape, first row. `freqs`, `cumulative`: uint16 by row.
+
+    For encoding: `encode_tables`: uint64 [T], offset (32 bits) | first row (18) | entries without the escape (14).
+    `encode_rows`: uint64 by row, reciprocal (32) | frequency (14) | cumulative (14) | shift (4), such that
+    x * reciprocal >> 31 + shift is x // frequency or one more.
+
+    For decoding, a table's 2^14 slots are cut into 2^7 buckets, or 2^10 from table `first_wide` on. `buckets`: uint64,
+    for the entry at a bucket's first slot, or the one before the escape: cumulative (14) | frequency (14) | 4 free |
+    frequency of the next entry, 0 for the escape's (14) | 2 free | symbol (16, signed). Symbols that lie further on
+    than the next entry are searched for through `decode_tables`: uint64 [T], row of symbol 0 (32, modulo 2^32) | value
+    that stands for the escape (32), and `decode_rows`: uint64 by row, cumulative (14) | frequency (14).
+    """
+
+    bounds: NDArray[np.int64]
+    freqs: NDArray[np.uint16]
+    cumulative: NDArray[np.uint16]
+    encode_tables: NDArray[np.uint64]
+    encode_rows: NDArray[np.uint64]
+    first_wide: int
+    buckets: NDArray[np.uint64]
+    decode_tables: NDArray[np.uint64]
+    decode_rows: NDArray[np.uint64]
+
+
+def _build_lookup(tables: EntropyTables) -> Lookup:
+    u32 = 0xFFFFFFFF
+    offsets, sizes, starts = tables.offsets.astype(np.int64), tables.sizes.astype(np.int64) - 1, tables.starts
+    freqs, cumulative = tables.freqs.astype(np.int64), tables.cumulative.astype(np.int64)
+    shifts = np.ceil(np.log2(freqs)).astype(np.int64)
+    reciprocals = -(-(1 << (31 + shifts)) // freqs)
+    wide = np.flatnonzero(sizes > _NARROW_SIZE)
+    first_wide = int(wide[0]) if len(wide) else len(tables)
+    buckets = []
+    for t in range(len(tables)):
+        bits = NARROW_BITS if t < first_wide else WIDE_BITS
+        rows = slice(starts[t], starts[t] + sizes[t])
+        entry = np.searchsorted(cumulative[rows], np.arange(1 << bits) << (PRECISION - bits), side="right") - 1
+        following = np.append(freqs[rows][1:], 0)
+        packed = cumulative[rows] | freqs[rows] << 14 | following << 32 | (offsets[t] + np.arange(sizes[t])) << 48
+        buckets.append(packed[entry])
+    return Lookup(
+        bounds=np.stack([offsets, sizes, starts], 1),
+        freqs=tables.freqs,
+        cumulative=tables.cumulative,
+        encode_tables=(offsets & u32 | (starts | sizes << 18) << 32).view(np.uint64),
+        encode_rows=(reciprocals | (freqs | cumulative << 14 | shifts << 28) << 32).view(np.uint64),
+        first_wide=first_wide,
+        buckets=np.concatenate(buckets).view(np.uint64),
+        decode_tables=((starts - offsets) & u32 | ((offsets + sizes) & u32) << 32).view(np.uint64),
+        # One more row, because a search looks one row ahead also in lanes that need no search.
+        decode_rows=np.append(cumulative | freqs << 14, 0).view(np.uint64),
+    )
 
 
 def escape_value(position: int, size: int) -> int:

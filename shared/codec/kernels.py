@@ -1,0 +1,387 @@
+"""The rANS coder's loops, compiled by Numba: one symbol at a time, and sixteen states at once.
+
+Both forms make and read the same bytes; what the bytes mean is said in `shared.codec.rans`. `encode_symbols` and
+`decode_symbols` are the whole coder for any number of states. `encode_lanes` and `decode_lanes` do the same for 32
+states in two vectors, and hand a group of 16 that holds an escape to the former.
+
+Encoding runs from the last symbol to the first and writes words towards the start of its buffer; `p` is the position
+of the last word written. Decoding runs forward and `p` is the next word to read.
+
+Memory: indexes are below the number of tables (checked by the caller), so that every look-up is inside its array.
+`words` of a decoder is followed by `WORDS_PAD` more elements, and reading goes on only while `p` is inside. An encoder
+stops with -1 when fewer than `WORDS_PAD` elements are free. Whatever the bytes, a decoder does a bounded number of
+steps a symbol.
+
+Compiled code is cached where Numba finds a folder it may write to: NUMBA_CACHE_DIR, `__pycache__` beside this file, or
+the user's cache folder; where there is none, it is compiled again in each process. (Never in a folder for all, such as
+/tmp: who writes there first would choose the code that runs here.) Importing compiles nothing.
+"""
+
+# mypy: ignore-errors
+# (Numba infers the types here; mypy knows neither lanes nor intrinsics.)
+
+import numpy as np
+from numba import njit, uint64
+
+from shared.codec.lanes import (
+    WIDTH,
+    anywhere,
+    choose,
+    count,
+    last_lanes,
+    load_u8,
+    load_u16,
+    load_u32,
+    look_up,
+    look_up_by_bytes,
+    multiply_shift,
+    signed_shift,
+    spread,
+    squeeze,
+    store_u8,
+    store_u16,
+    store_u32,
+)
+from shared.codec.tables import NARROW_BITS, PRECISION, WIDE_BITS
+
+STATES = 2 * WIDTH
+WORDS_PAD = 256  # elements; a group of 16 reads at most 16, and writes at most 16 or, all escaped, 6 each
+LOW = 1 << 16  # states are in [2^16, 2^32)
+_MASK = (1 << PRECISION) - 1
+_ESCAPE_ZEROS_MAX = 33  # what an int32 can be off a table is less than 2^33
+_NARROW_SHIFT, _WIDE_SHIFT = PRECISION - NARROW_BITS, PRECISION - WIDE_BITS
+
+
+def compiled(function):
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to cache in
+        return njit(**options)(function)
+
+
+_inlined = njit(forceinline=True, error_model="numpy")
+
+
+@_inlined
+def _address(array):
+    return uint64(array.ctypes.data)
+
+
+# -- one symbol at a time ----------------------------------------------------------------------------------------------
+
+
+@compiled
+def push_bits(x, value, bits, words, p):
+    """Put `bits` (0 to 16) bits of `value` into state `x`."""
+    if x >> (32 - bits):
+        p -= 1
+        words[p] = x & 0xFFFF
+        x >>= 16
+    return x << bits | value, p
+
+
+@compiled
+def pop_bits(x, bits, words, count, p):
+    """Take `bits` bits back out of state `x`: (x, value, p)."""
+    value = x & ((1 << bits) - 1)
+    x >>= bits
+    if x < LOW and p < count:
+        x = x << 16 | np.int64(words[p])
+        p += 1
+    return x, value, p
+
+
+@compiled
+def encode_symbols(symbols, indexes, first, last, states, words, p, bounds, freqs, cumulative):
+    """Code symbols [first, last), symbol i into state i modulo their number, a power of two."""
+    for i in range(last - 1, first - 1, -1):
+        if p < WORDS_PAD:
+            return -1
+        lane = i & (len(states) - 1)
+        x = np.int64(states[lane])
+        t = indexes[i]
+        entry, size, row = np.int64(symbols[i]) - bounds[t, 0], bounds[t, 1], bounds[t, 2]
+        if 0 <= entry < size:
+            row += entry
+        else:
+            row += size
+            x, p = _push_escape(x, entry, size, words, p)
+        freq = np.int64(freqs[row])
+        if x >= freq << (32 - PRECISION):
+            p -= 1
+            words[p] = x & 0xFFFF
+            x >>= 16
+        quotient = uint64(x) // uint64(freq)
+        states[lane] = (np.int64(quotient) << PRECISION) + x - np.int64(quotient) * freq + np.int64(cumulative[row])
+    return p
+
+
+@compiled
+def _push_escape(x, entry, size, words, p):
+    # As the decoder meets it: as many zeros as the number has bits after its leading one, the one, those bits.
+    number = (2 * (entry - size) if entry >= size else -2 * entry - 1) + 1
+    bits = 0
+    while number >> (bits + 1):
+        bits += 1
+    for k in range(bits):
+        x, p = push_bits(x, number >> k & 1, 1, words, p)
+    x, p = push_bits(x, 1, 1, words, p)
+    for _ in range(bits):
+        x, p = push_bits(x, 0, 1, words, p)
+    return x, p
+
+
+@compiled
+def decode_symbols(words, count, p, states, indexes, symbols, first, last, bounds, freqs, cumulative):
+    """Decode symbols [first, last) from `words` [0, count); the next position, or -1 for an escape beyond int32."""
+    for i in range(first, last):
+        lane = i & (len(states) - 1)
+        x = np.int64(states[lane])
+        t = indexes[i]
+        offset, size, start = bounds[t, 0], bounds[t, 1], bounds[t, 2]
+        slot = x & _MASK
+        low, high = start, start + size
+        while low < high:  # the last row that begins at or before the slot
+            middle = (low + high + 1) >> 1
+            if np.int64(cumulative[middle]) <= slot:
+                low = middle
+            else:
+                high = middle - 1
+        x = np.int64(freqs[low]) * (x >> PRECISION) + slot - np.int64(cumulative[low])
+        if x < LOW and p < count:
+            x = x << 16 | np.int64(words[p])
+            p += 1
+        value = offset + low - start
+        if low == start + size:
+            x, entry, p = _pop_escape(x, size, words, count, p)
+            value = offset + entry
+            if p < 0 or value < -(1 << 31) or value >= 1 << 31:
+                return -1
+        states[lane] = x
+        symbols[i] = value
+    return p
+
+
+@compiled
+def _pop_escape(x, size, words, count, p):
+    bits = 0
+    while True:
+        x, bit, p = pop_bits(x, 1, words, count, p)
+        if bit:
+            break
+        bits += 1
+        if bits > _ESCAPE_ZEROS_MAX:
+            return x, 0, -1
+    number = 1
+    for _ in range(bits):
+        x, bit, p = pop_bits(x, 1, words, count, p)
+        number = number << 1 | bit
+    number -= 1
+    return x, (-((number + 1) >> 1) if number & 1 else size + (number >> 1)), p
+
+
+# -- sixteen states at once --------------------------------------------------------------------------------------------
+
+
+@_inlined
+def _encode_group(x, position, symbols, indexes, words, p, tables, rows):
+    """States after symbols [position, position + 16), `p`, and whether none is an escape (else nothing is done)."""
+    offset, packed = look_up_by_bytes(tables, indexes, position)
+    entry = load_u32(symbols, position) - offset
+    if anywhere(entry >= packed >> 18):
+        return x, p, False
+    reciprocal, packed = look_up(rows, (packed & 0x3FFFF) + entry)
+    freq = packed & _MASK
+    full = x >= freq << (32 - PRECISION)
+    number = count(full)
+    # Right-aligned, so that the store ends where the last one began; what it writes before is overwritten by the next.
+    store_u16(words, p - uint64(WIDTH), spread(last_lanes(number), squeeze(full, x)))
+    p -= number
+    x = choose(full, x >> 16, x)
+    quotient = multiply_shift(x, reciprocal, (packed >> 28) + 31)
+    rest = x - quotient * freq
+    over = rest >= freq  # the quotient is one too large, the rest below 0
+    rest = choose(over, rest + freq, rest)
+    quotient = choose(over, quotient - 1, quotient)
+    return (quotient << PRECISION) + rest + (packed >> 14 & _MASK), p, True
+
+
+@compiled
+def encode_lanes(symbols, indexes, last, states, words, p, bounds, freqs, cumulative, encode_tables, encode_rows):
+    """`encode_symbols` of [0, last), a multiple of 32, into 32 states."""
+    symbols_at, indexes_at, words_at = _address(symbols), _address(indexes), _address(words)
+    tables_at, rows_at = _address(encode_tables), _address(encode_rows)
+    a, b = load_u32(_address(states), uint64(0)), load_u32(_address(states), uint64(WIDTH))
+    position, p = uint64(last), uint64(p)
+    while position > uint64(0):
+        if p < uint64(2 * WORDS_PAD):
+            return -1
+        position -= uint64(WIDTH)
+        b, p, done = _encode_group(b, position, symbols_at, indexes_at, words_at, p, tables_at, rows_at)
+        if not done:
+            b, p = _encode_escapes(b, position, symbols, indexes, states, words, p, bounds, freqs, cumulative)
+        position -= uint64(WIDTH)
+        a, p, done = _encode_group(a, position, symbols_at, indexes_at, words_at, p, tables_at, rows_at)
+        if not done:
+            a, p = _encode_escapes(a, position, symbols, indexes, states, words, p, bounds, freqs, cumulative)
+    store_u32(_address(states), uint64(0), a)
+    store_u32(_address(states), uint64(WIDTH), b)
+    return np.int64(p)
+
+
+@compiled
+def _encode_escapes(x, position, symbols, indexes, states, words, p, bounds, freqs, cumulative):
+    half = position & uint64(WIDTH)
+    store_u32(_address(states), half, x)
+    first = np.int64(position)
+    p = encode_symbols(symbols, indexes, first, first + WIDTH, states, words, np.int64(p), bounds, freqs, cumulative)
+    return load_u32(_address(states), half), uint64(p)
+
+
+@_inlined
+def _decode_group(x, position, words, p, indexes, symbols, first_wide, buckets, tables, rows):
+    """States after symbols [position, position + 16), `p`, and whether none is an escape (else nothing is done)."""
+    t = load_u8(indexes, position)
+    slot = x & _MASK
+    narrow = t < first_wide
+    wide_base = (t << WIDE_BITS) - ((first_wide << WIDE_BITS) - (first_wide << NARROW_BITS))
+    bucket = choose(narrow, (t << NARROW_BITS) + (slot >> _NARROW_SHIFT), wide_base + (slot >> _WIDE_SHIFT))
+    low, high = look_up(buckets, bucket)
+    freq = low >> PRECISION & _MASK
+    rest = slot - (low & _MASK)
+    value = signed_shift(high, 16)
+    further = rest >= freq
+    rest = choose(further, rest - freq, rest)
+    value = choose(further, value + 1, value)
+    freq = choose(further, high & _MASK, freq)
+    if anywhere(rest >= freq):
+        rest, value, freq, found = _search(t, slot, rest, value, freq, tables, rows)
+        if not found:
+            return x, p, False
+    x = freq * (x >> PRECISION) + rest
+    low_states = x < LOW
+    x = choose(low_states, x << 16 | spread(low_states, load_u16(words, p)), x)
+    store_u32(symbols, position, value)
+    return x, p + count(low_states), True
+
+
+@compiled
+def _search(t, slot, rest, value, freq, tables, rows):
+    """Entry by entry upwards in lanes whose slot lies beyond their `value`; not found where one is an escape."""
+    row_of_zero, escape = look_up(tables, t)
+    open_lanes = rest >= freq
+    while True:
+        if anywhere(choose(open_lanes, value - escape, escape - escape + 1) < 1):
+            return rest, value, freq, False
+        low, _ = look_up(rows, row_of_zero + value + 1)
+        rest = choose(open_lanes, slot - (low & _MASK), rest)
+        freq = choose(open_lanes, low >> PRECISION & _MASK, freq)
+        value = choose(open_lanes, value + 1, value)
+        open_lanes = rest >= freq
+        if not anywhere(open_lanes):
+            return rest, value, freq, not anywhere((value - escape) < 1)
+
+
+@compiled
+def decode_lanes(
+    words, count, states, indexes, symbols, last, bounds, freqs, cumulative, first_wide, buckets, tables, rows
+):
+    """`decode_symbols` of [0, last), a multiple of 32, from 32 states; -1 also where the words do not suffice."""
+    words_at, indexes_at, symbols_at = _address(words), _address(indexes), _address(symbols)
+    buckets_at, tables_at, rows_at = _address(buckets), _address(tables), _address(rows)
+    a, b = load_u32(_address(states), uint64(0)), load_u32(_address(states), uint64(WIDTH))
+    wide, p = uint64(first_wide), uint64(0)
+    for i in range(0, last, STATES):
+        if p > uint64(count):
+            return -1
+        position = uint64(i)
+        a, p, done = _decode_group(
+            a, position, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at
+        )
+        if not done:
+            a, p = _decode_escapes(a, position, words, count, p, states, indexes, symbols, bounds, freqs, cumulative)
+            if p > uint64(count):
+                return -1
+        position += uint64(WIDTH)
+        b, p, done = _decode_group(
+            b, position, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at
+        )
+        if not done:
+            b, p = _decode_escapes(b, position, words, count, p, states, indexes, symbols, bounds, freqs, cumulative)
+    store_u32(_address(states), uint64(0), a)
+    store_u32(_address(states), uint64(WIDTH), b)
+    return np.int64(p) if p <= uint64(count) else -1
+
+
+@compiled
+def _decode_escapes(x, position, words, count, p, states, indexes, symbols, bounds, freqs, cumulative):
+    half = position & uint64(WIDTH)
+    store_u32(_address(states), half, x)
+    first = np.int64(position)
+    p = np.int64(p)
+    p = decode_symbols(words, count, p, states, indexes, symbols, first, first + WIDTH, bounds, freqs, cumulative)
+    return load_u32(_address(states), half), uint64(p)  # -1 becomes larger than any count
+
+
+# -- what is not coded -------------------------------------------------------------------------------------------------
+
+
+@compiled
+def take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes):
+    """Move the symbols and indexes with an index >= skip_below together; how many, or -1 if a skipped one is not 0.
+
+    `coded_*` have room for 16 more than all.
+    """
+    n, number = len(indexes), uint64(0)
+    symbols_at, indexes_at = _address(symbols), _address(indexes)
+    to_symbols, to_indexes = _address(coded_symbols), _address(coded_indexes)
+    for i in range(0, n - WIDTH + 1, WIDTH):
+        t, s = load_u8(indexes_at, uint64(i)), load_u32(symbols_at, uint64(i))
+        coded = t >= skip_below
+        if anywhere(choose(coded, s & 0, s) >= 1):
+            return -1
+        if anywhere(coded):
+            store_u32(to_symbols, number, squeeze(coded, s))
+            store_u8(to_indexes, number, squeeze(coded, t))
+            number += count(coded)
+    for i in range(n - n % WIDTH, n):
+        if indexes[i] >= skip_below:
+            coded_symbols[number] = symbols[i]
+            coded_indexes[number] = indexes[i]
+            number += uint64(1)
+        elif symbols[i] != 0:
+            return -1
+    return np.int64(number)
+
+
+@compiled
+def take_coded_indexes(indexes, skip_below, coded_indexes):
+    """`take_coded` of the indexes alone."""
+    n, number = len(indexes), uint64(0)
+    for i in range(0, n - WIDTH + 1, WIDTH):
+        t = load_u8(_address(indexes), uint64(i))
+        coded = t >= skip_below
+        if anywhere(coded):
+            store_u8(_address(coded_indexes), number, squeeze(coded, t))
+            number += count(coded)
+    for i in range(n - n % WIDTH, n):
+        if indexes[i] >= skip_below:
+            coded_indexes[number] = indexes[i]
+            number += uint64(1)
+    return np.int64(number)
+
+
+@compiled
+def put_coded(coded_symbols, indexes, skip_below, symbols):
+    """The reverse of `take_coded`; skipped symbols become 0. `coded_symbols` is followed by 16 more elements."""
+    n, number = len(indexes), uint64(0)
+    for i in range(0, n - WIDTH + 1, WIDTH):
+        coded = load_u8(_address(indexes), uint64(i)) >= skip_below
+        store_u32(_address(symbols), uint64(i), spread(coded, load_u32(_address(coded_symbols), number)))
+        number += count(coded)
+    for i in range(n - n % WIDTH, n):
+        symbols[i] = 0
+        if indexes[i] >= skip_below:
+            symbols[i] = coded_symbols[number]
+            number += uint64(1)
