@@ -33,7 +33,7 @@ class EdgeMetrics:
             registry=registry,
         )
         self.batch_frames = Histogram(
-            "sightline_edge_batch_frames", "Frames that passed the transforms together.",
+            "sightline_edge_batch_frames", "For each frame: how many passed the transforms with it, itself included.",
             buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry,
         )  # fmt: skip
         self.frame_bytes = Histogram(

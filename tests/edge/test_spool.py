@@ -1,5 +1,7 @@
 """The spool keeps what it gave a receipt for, whatever happens, and gives up nothing in silence."""
 
+# ruff: noqa: ASYNC110, ASYNC220, ASYNC240, PT012 - these tests may block, and wait for threads they cannot await
+
 import asyncio
 import hashlib
 import os
