@@ -208,6 +208,7 @@ class Spool:
         except (sqlite3.Error, OSError) as error:
             self._recover(error, batch)
             return
+        self._tell_stats()
         grown = False
         for operation, result, fault in outcomes:
             if fault is not None:
@@ -216,7 +217,6 @@ class Spool:
             operation.then(result)
             operation.future.set_result(result)
             grown = grown or operation.grows
-        self._tell_stats()
         if grown:
             self._call_loop(self.arrived.set)
 

@@ -51,7 +51,6 @@ class Uplink:
         model_ids: Sequence[str],
         backoff_max_s: float,
         stall_s: float,
-        jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.edge_id = edge_id
         self.boot_id = random.getrandbits(64)
@@ -61,7 +60,6 @@ class Uplink:
         self._metrics = metrics
         self._open_channel = open_channel
         self._backoff_max_s = backoff_max_s
-        self._jitter = jitter
         self._cursor = 0
         self._under_way: set[int] = set()
         self._losses: dict[int, int] = {}
@@ -103,9 +101,8 @@ class Uplink:
                     failures = 0
                     if session.draining.done():
                         continue  # at once: the next stream is opened before this one is half-closed
-            delay = self._jitter(0.5, 1.0) * min(self._backoff_max_s, BACKOFF_MIN_S * 2.0 ** min(failures, 16))
+            await asyncio.sleep(pause_s(failures, self._backoff_max_s, random.uniform(0.5, 1.0)))  # noqa: S311
             failures += 1
-            await asyncio.sleep(delay)
 
     async def _next_session(self) -> Session | None:
         """A stream that was welcomed; None if that failed. Whatever came before it is half-closed after."""
@@ -266,6 +263,11 @@ class Uplink:
     def _tell(self) -> None:
         self._metrics.uplink_connected.set(self._current is not None)
         self._metrics.uplink_in_flight_frames.set(len(self._under_way))
+
+
+def pause_s(failures: int, longest_s: float, jitter: float) -> float:
+    """Seconds to wait after so many failures in a row: doubling up to the longest, times `jitter` in [0.5, 1]."""
+    return float(jitter * min(longest_s, BACKOFF_MIN_S * 2.0 ** min(failures, 16)))
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:
