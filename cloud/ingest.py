@@ -146,7 +146,6 @@ class _UploadStream:
         self._credit_frames = self._credit_bytes = 0
         self._grant_frames, self._grant_bytes = limits.credit_frames, limits.credit_bytes
         # What the writer has to write. One ack a frame: a later one takes the place of an earlier.
-        self._welcome: ingest_pb2.Welcome | None = None
         self._acks: dict[tuple[int, int], ingest_pb2.FrameAck] = {}
         self._drain: ingest_pb2.Drain | None = None
         self._ending = False  # DRAIN was said: no more credit
@@ -203,12 +202,14 @@ class _UploadStream:
         for model in hello.models:
             self._announce_model(model)
         _log.info("an edge opened an upload stream", extra=facts(edge=self._edge_id, version=hello.software_version))
-        self._welcome = ingest_pb2.Welcome(
+        welcome = ingest_pb2.Welcome(
             protocol_version=PROTOCOL_VERSION,
             cloud_id=self._cloud_id,
             model_ids=sorted(self._pipeline.inference.codecs),
             max_frame_bytes=self._pipeline.limits.max_frame_bytes,
         )
+        # Written here and not by the writer: gRPC cannot abort a call while its first write is under way.
+        await self._context.write(ingest_pb2.UploadResponse(welcome=welcome))
 
     async def _until_end(self) -> str:
         """Returns, with the reason, when this stream should end though the edge would go on."""
@@ -346,10 +347,6 @@ class _UploadStream:
                 await self._news.wait()
 
     def _next_message(self) -> ingest_pb2.UploadResponse | None:
-        if self._welcome is not None:
-            message = ingest_pb2.UploadResponse(welcome=self._welcome)
-            self._welcome = None
-            return message
         if self._drain is not None:
             message = ingest_pb2.UploadResponse(drain=self._drain)
             self._drain = None

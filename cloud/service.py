@@ -50,6 +50,9 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
             raise Overloaded(f"{len(self._subscriptions)} subscriptions are open, the limit is {self._max_subscribers}")
         event_filter = EventFilter.from_proto(request.filter)
         after = await start_position(log, request)
+        await context.send_initial_metadata(
+            ()
+        )  # gRPC cannot abort a call while its first write, with these, is under way
         subscription = Subscription(log, after, event_filter, self._limits)
         self._subscriptions.add(subscription)
         try:
