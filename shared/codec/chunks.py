@@ -1,4 +1,4 @@
-"""A chunk of symbols to words and back, as `shared.codec.rans` defines it: one state, or one and then 32."""
+"""A chunk of symbols to words and back, as `shared.codec.rans` defines it: by one state, or by one and then 32."""
 
 # mypy: ignore-errors
 # (Numba infers the types here; mypy knows neither lanes nor intrinsics.)
@@ -17,31 +17,43 @@ from shared.codec.kernels import (
     push_bits,
 )
 
-STATES_FROM = 1 << 15  # symbols from which a chunk has 32 states
-_TAIL = 1024  # symbols that one state codes before the 32 begin
-_NO_SEED = LOW << 1  # state that stands for "there was no word left for me"
+MAY_HAVE_LANES = 1 << 15  # symbols from which a chunk says whether it has 32 states
+_TAIL_WORDS = 1024  # what one state gives away before 32 begin: their 20 bytes are then below 1 % of the chunk
+_TAIL_STEP = 1024  # symbols
+_LEAST_BODY = 1 << 13  # symbols; for fewer, 32 states gain less than 0.1 ms
 
 
 @compiled
-def encode_chunk(symbols, indexes, words, bounds, freqs, cumulative, encode_tables, encode_rows):
+def encode_chunk(symbols, indexes, words, bounds, encode_tables, encode_rows):
     """Code a chunk to the end of `words`: (head, p), or (0, -1) where they are too few."""
-    n, p = len(symbols), len(words)
-    single = np.zeros(1, np.uint32)
-    body = 0 if n < STATES_FROM else (n - _TAIL) // STATES * STATES
-    p = encode_symbols(symbols, indexes, body, n, single, words, p, bounds, freqs, cumulative)
-    if p < 0:
-        return 0, -1
-    x = np.int64(single[0])
-    if body:
-        states, p = _seed(x, words, p)
-        p = encode_lanes(
-            symbols, indexes, body, states, words, p, bounds, freqs, cumulative, encode_tables, encode_rows
-        )
+    n, p, x = len(symbols), len(words), 0
+    body = n
+    while body > 0:
+        if len(words) - p >= _TAIL_WORDS and body >= _LEAST_BODY and n >= MAY_HAVE_LANES:
+            break
+        first = (body - 1) // _TAIL_STEP * _TAIL_STEP
+        x, p = encode_symbols(symbols, indexes, first, body, x, words, p, bounds, encode_rows)
+        if p < 0:
+            return 0, -1
+        body = first
+    if body > 0:
+        states = np.empty(STATES, np.uint32)
+        states[0] = x
+        for j in range(1, STATES):
+            states[j] = LOW | np.int64(words[p])
+            p += 1
+        p = encode_lanes(symbols, indexes, body, states, words, p, bounds, encode_tables, encode_rows)
         if p < 0:
             return 0, -1
         x, p = _merge(states, words, p)
+        groups = body // STATES
+        x, p = push_bits(x, groups & 0xFFFF, 16, words, p)
+        x, p = push_bits(x, groups >> 16, 8, words, p)
+    if n >= MAY_HAVE_LANES:
+        x, p = push_bits(x, 1 if body > 0 else 0, 1, words, p)
     if x >= LOW:
-        x, p = push_bits(x, 0, 16, words, p)
+        p -= 1
+        words[p] = x & 0xFFFF
         x >>= 16
     return x, p
 
@@ -51,60 +63,42 @@ def decode_chunk(
     words, count, x, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets, decode_tables, decode_rows
 ):
     """Decode a chunk that begins with head `x`: (state, words left), both 0 if it is whole; words left < 0 if not."""
-    n, p = len(indexes), 0
-    body = 0 if n < STATES_FROM else (n - _TAIL) // STATES * STATES
+    n, body, p = len(indexes), 0, 0
     x, _, p = pop_bits(x, 0, words, count, p)
-    single = np.empty(1, np.uint32)
-    if body:
+    if n >= MAY_HAVE_LANES:
+        x, body, p = pop_bits(x, 1, words, count, p)
+    if body > 0:
+        x, high, p = pop_bits(x, 8, words, count, p)
+        x, low, p = pop_bits(x, 16, words, count, p)
+        body = (high << 16 | low) * STATES
+        if body == 0 or body > n:
+            return x, -1
         states, p = _part(x, words, count, p)
-        rest = words[p:]
-        count -= p
+        words, count = words[p:], count - p
         p = decode_lanes(
-            rest, count, states, indexes, symbols, body, bounds, freqs, cumulative,
+            words, count, states, indexes, symbols, body, bounds, freqs, cumulative,
             first_wide, buckets, decode_tables, decode_rows,
         )  # fmt: skip
         if p < 0:
-            return 0, -1
-        x, words, count = _unseed(states, rest, count, p)
+            return x, -1
+        x, words, count = _with_seeds(states, words, count, p)
         if count < 0:
-            return 0, -1
+            return x, -1
         p = 0
-    single[0] = x
-    p = decode_symbols(words, count, p, single, indexes, symbols, body, n, bounds, freqs, cumulative)
-    return np.int64(single[0]), count - p if p >= 0 else -1
+    x, p = decode_symbols(words, count, p, x, indexes, symbols, body, n, bounds, freqs, cumulative, first_wide, buckets)
+    return x, count - p if p >= 0 else -1
 
 
 @compiled
-def _seed(x, words, p):
-    states = np.full(STATES, _NO_SEED, np.uint32)
-    if x < LOW:
-        states[0], states[1] = x + LOW, _NO_SEED + 1
-        return states, p
-    states[0] = x
-    for j in range(1, min(STATES, len(words) - p + 1)):
-        states[j] = LOW | np.int64(words[p])
-        p += 1
-    return states, p
-
-
-@compiled
-def _unseed(states, words, count, p):
-    """What `_seed` was given: state, words, how many of them (-1 where no encoder left these states)."""
-    x, seeds = np.int64(states[0]), 0
-    while seeds < STATES - 1 and LOW <= states[seeds + 1] < 2 * LOW:
-        seeds += 1
-    merged = np.empty(seeds + count - p, np.uint16)
-    for j in range(seeds):
-        merged[j] = states[j + 1] & 0xFFFF
-    merged[seeds:] = words[p:count]
-    unreached = states[1] == _NO_SEED + 1
-    sound = x >= LOW and (seeds == STATES - 1 or p == count)
-    for j in range(seeds + 1, STATES):
-        sound = sound and (states[j] == _NO_SEED or (unreached and j == 1))
-    if unreached:
-        sound = sound and x < 2 * LOW
-        x -= LOW
-    return x, merged, len(merged) if sound else -1
+def _with_seeds(states, words, count, p):
+    """State 0, the words the other states began as and those left of `words`, and how many (-1 if they are none)."""
+    joined = np.empty(STATES - 1 + count - p, np.uint16)
+    for j in range(1, STATES):
+        if not LOW <= states[j] < 2 * LOW:
+            return np.int64(states[0]), joined, -1
+        joined[j - 1] = states[j] & 0xFFFF
+    joined[STATES - 1 :] = words[p:count]
+    return np.int64(states[0]), joined, len(joined)
 
 
 @compiled

@@ -1,8 +1,8 @@
 """The rANS coder's loops, compiled by Numba: one symbol at a time, and sixteen states at once.
 
-Both forms make and read the same bytes; what the bytes mean is said in `shared.codec.rans`. `encode_symbols` and
-`decode_symbols` are the whole coder for any number of states. `encode_lanes` and `decode_lanes` do the same for 32
-states in two vectors, and hand a group of 16 that holds an escape to the former.
+What the bytes mean is said in `shared.codec.rans`, what the tables hold in `shared.codec.tables.Lookup`.
+`encode_symbols` and `decode_symbols` are the coder for one state. `encode_lanes` and `decode_lanes` do the same for 32
+states in two vectors, and give a group of 16 that holds an escape to the former.
 
 Encoding runs from the last symbol to the first and writes words towards the start of its buffer; `p` is the position
 of the last word written. Decoding runs forward and `p` is the next word to read.
@@ -93,13 +93,11 @@ def pop_bits(x, bits, words, count, p):
 
 
 @compiled
-def encode_symbols(symbols, indexes, first, last, states, words, p, bounds, freqs, cumulative):
-    """Code symbols [first, last), symbol i into state i modulo their number, a power of two."""
+def encode_symbols(symbols, indexes, first, last, x, words, p, bounds, encode_rows):
+    """Code symbols [first, last) into state `x`: (x, p), p < 0 where there are too few words."""
     for i in range(last - 1, first - 1, -1):
         if p < WORDS_PAD:
-            return -1
-        lane = i & (len(states) - 1)
-        x = np.int64(states[lane])
+            return x, -1
         t = indexes[i]
         entry, size, row = np.int64(symbols[i]) - bounds[t, 0], bounds[t, 1], bounds[t, 2]
         if 0 <= entry < size:
@@ -107,14 +105,16 @@ def encode_symbols(symbols, indexes, first, last, states, words, p, bounds, freq
         else:
             row += size
             x, p = _push_escape(x, entry, size, words, p)
-        freq = np.int64(freqs[row])
+        reciprocal, packed = encode_rows[row] & 0xFFFFFFFF, encode_rows[row] >> 32
+        freq = packed & _MASK
         if x >= freq << (32 - PRECISION):
             p -= 1
             words[p] = x & 0xFFFF
             x >>= 16
-        quotient = uint64(x) // uint64(freq)
-        states[lane] = (np.int64(quotient) << PRECISION) + x - np.int64(quotient) * freq + np.int64(cumulative[row])
-    return p
+        quotient = np.int64(uint64(x) * uint64(reciprocal) >> uint64((packed >> 28 & 15) + 31))
+        quotient -= np.int64(quotient * freq > x)
+        x = (quotient << PRECISION) + x - quotient * freq + (packed >> PRECISION & _MASK)
+    return x, p
 
 
 @compiled
@@ -133,34 +133,48 @@ def _push_escape(x, entry, size, words, p):
 
 
 @compiled
-def decode_symbols(words, count, p, states, indexes, symbols, first, last, bounds, freqs, cumulative):
-    """Decode symbols [first, last) from `words` [0, count); the next position, or -1 for an escape beyond int32."""
+def decode_symbols(words, count, p, x, indexes, symbols, first, last, bounds, freqs, cumulative, first_wide, buckets):
+    """Decode symbols [first, last) from state `x` and `words` [p, count): (x, p), p < 0 for an escape beyond int32."""
+    wide_base = (first_wide << NARROW_BITS) - (first_wide << WIDE_BITS)
     for i in range(first, last):
-        lane = i & (len(states) - 1)
-        x = np.int64(states[lane])
-        t = indexes[i]
-        offset, size, start = bounds[t, 0], bounds[t, 1], bounds[t, 2]
+        t = np.int64(indexes[i])
         slot = x & _MASK
-        low, high = start, start + size
-        while low < high:  # the last row that begins at or before the slot
-            middle = (low + high + 1) >> 1
-            if np.int64(cumulative[middle]) <= slot:
-                low = middle
-            else:
-                high = middle - 1
-        x = np.int64(freqs[low]) * (x >> PRECISION) + slot - np.int64(cumulative[low])
+        if t < first_wide:
+            packed = buckets[(t << NARROW_BITS) + (slot >> _NARROW_SHIFT)]
+        else:
+            packed = buckets[wide_base + (t << WIDE_BITS) + (slot >> _WIDE_SHIFT)]
+        value, freq = packed >> 48, packed >> PRECISION & _MASK
+        rest = slot - (packed & _MASK)
+        escaped = False
+        if rest >= freq:
+            value, rest, freq = value + 1, rest - freq, packed >> 32 & _MASK
+            if rest >= freq:
+                row = _row_of_slot(slot, bounds[t, 2], bounds[t, 1], cumulative)
+                rest, freq = slot - np.int64(cumulative[row]), np.int64(freqs[row])
+                value, escaped = bounds[t, 0] + row - bounds[t, 2], row == bounds[t, 2] + bounds[t, 1]
+        x = freq * (x >> PRECISION) + rest
         if x < LOW and p < count:
             x = x << 16 | np.int64(words[p])
             p += 1
-        value = offset + low - start
-        if low == start + size:
-            x, entry, p = _pop_escape(x, size, words, count, p)
-            value = offset + entry
+        if escaped:
+            x, entry, p = _pop_escape(x, bounds[t, 1], words, count, p)
+            value = bounds[t, 0] + entry
             if p < 0 or value < -(1 << 31) or value >= 1 << 31:
-                return -1
-        states[lane] = x
+                return x, -1
         symbols[i] = value
-    return p
+    return x, p
+
+
+@compiled
+def _row_of_slot(slot, start, size, cumulative):
+    low, high = start, start + size
+    while low < high:  # the last row that begins at or before the slot
+        middle = (low + high + 1) >> 1
+        if np.int64(cumulative[middle]) <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @compiled
@@ -208,8 +222,8 @@ def _encode_group(x, position, symbols, indexes, words, p, tables, rows):
 
 
 @compiled
-def encode_lanes(symbols, indexes, last, states, words, p, bounds, freqs, cumulative, encode_tables, encode_rows):
-    """`encode_symbols` of [0, last), a multiple of 32, into 32 states."""
+def encode_lanes(symbols, indexes, last, states, words, p, bounds, encode_tables, encode_rows):
+    """Code symbols [0, last), a multiple of 32, symbol i into state i mod 32: `p`, or -1 where words are too few."""
     symbols_at, indexes_at, words_at = _address(symbols), _address(indexes), _address(words)
     tables_at, rows_at = _address(encode_tables), _address(encode_rows)
     a, b = load_u32(_address(states), uint64(0)), load_u32(_address(states), uint64(WIDTH))
@@ -220,23 +234,24 @@ def encode_lanes(symbols, indexes, last, states, words, p, bounds, freqs, cumula
         position -= uint64(WIDTH)
         b, p, done = _encode_group(b, position, symbols_at, indexes_at, words_at, p, tables_at, rows_at)
         if not done:
-            b, p = _encode_escapes(b, position, symbols, indexes, states, words, p, bounds, freqs, cumulative)
+            b, p = _encode_escapes(b, position, symbols, indexes, words, p, bounds, encode_rows)
         position -= uint64(WIDTH)
         a, p, done = _encode_group(a, position, symbols_at, indexes_at, words_at, p, tables_at, rows_at)
         if not done:
-            a, p = _encode_escapes(a, position, symbols, indexes, states, words, p, bounds, freqs, cumulative)
+            a, p = _encode_escapes(a, position, symbols, indexes, words, p, bounds, encode_rows)
     store_u32(_address(states), uint64(0), a)
     store_u32(_address(states), uint64(WIDTH), b)
     return np.int64(p)
 
 
 @compiled
-def _encode_escapes(x, position, symbols, indexes, states, words, p, bounds, freqs, cumulative):
-    half = position & uint64(WIDTH)
-    store_u32(_address(states), half, x)
-    first = np.int64(position)
-    p = encode_symbols(symbols, indexes, first, first + WIDTH, states, words, np.int64(p), bounds, freqs, cumulative)
-    return load_u32(_address(states), half), uint64(p)
+def _encode_escapes(x, position, symbols, indexes, words, p, bounds, encode_rows):
+    states, first, p = np.empty(WIDTH, np.uint32), np.int64(position), np.int64(p)
+    store_u32(_address(states), uint64(0), x)
+    for k in range(WIDTH - 1, -1, -1):
+        i = first + k
+        states[k], p = encode_symbols(symbols, indexes, i, i + 1, np.int64(states[k]), words, p, bounds, encode_rows)
+    return load_u32(_address(states), uint64(0)), uint64(p)
 
 
 @_inlined
@@ -287,41 +302,44 @@ def _search(t, slot, rest, value, freq, tables, rows):
 def decode_lanes(
     words, count, states, indexes, symbols, last, bounds, freqs, cumulative, first_wide, buckets, tables, rows
 ):
-    """`decode_symbols` of [0, last), a multiple of 32, from 32 states; -1 also where the words do not suffice."""
+    """Decode symbols [0, last), a multiple of 32, symbol i from state i mod 32: the next position, or -1."""
     words_at, indexes_at, symbols_at = _address(words), _address(indexes), _address(symbols)
     buckets_at, tables_at, rows_at = _address(buckets), _address(tables), _address(rows)
     a, b = load_u32(_address(states), uint64(0)), load_u32(_address(states), uint64(WIDTH))
-    wide, p = uint64(first_wide), uint64(0)
-    for i in range(0, last, STATES):
+    wide, p, i = uint64(first_wide), uint64(0), uint64(0)
+    while i < uint64(last) and p <= uint64(count):
+        a, p, done = _decode_group(a, i, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at)
+        if not done:
+            a, p = _decode_escapes(
+                a, i, words, count, p, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets
+            )
+        i += uint64(WIDTH)
         if p > uint64(count):
-            return -1
-        position = uint64(i)
-        a, p, done = _decode_group(
-            a, position, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at
-        )
+            break
+        b, p, done = _decode_group(b, i, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at)
         if not done:
-            a, p = _decode_escapes(a, position, words, count, p, states, indexes, symbols, bounds, freqs, cumulative)
-            if p > uint64(count):
-                return -1
-        position += uint64(WIDTH)
-        b, p, done = _decode_group(
-            b, position, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at
-        )
-        if not done:
-            b, p = _decode_escapes(b, position, words, count, p, states, indexes, symbols, bounds, freqs, cumulative)
+            b, p = _decode_escapes(
+                b, i, words, count, p, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets
+            )
+        i += uint64(WIDTH)
     store_u32(_address(states), uint64(0), a)
     store_u32(_address(states), uint64(WIDTH), b)
     return np.int64(p) if p <= uint64(count) else -1
 
 
 @compiled
-def _decode_escapes(x, position, words, count, p, states, indexes, symbols, bounds, freqs, cumulative):
-    half = position & uint64(WIDTH)
-    store_u32(_address(states), half, x)
-    first = np.int64(position)
-    p = np.int64(p)
-    p = decode_symbols(words, count, p, states, indexes, symbols, first, first + WIDTH, bounds, freqs, cumulative)
-    return load_u32(_address(states), half), uint64(p)  # -1 becomes larger than any count
+def _decode_escapes(x, position, words, count, p, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets):
+    states, first, p = np.empty(WIDTH, np.uint32), np.int64(position), np.int64(p)
+    store_u32(_address(states), uint64(0), x)
+    for k in range(WIDTH):
+        i = first + k
+        states[k], p = decode_symbols(
+            words, count, p, np.int64(states[k]), indexes, symbols, i, i + 1,
+            bounds, freqs, cumulative, first_wide, buckets,
+        )  # fmt: skip
+        if p < 0:
+            break
+    return load_u32(_address(states), uint64(0)), uint64(p)  # -1 becomes larger than any count
 
 
 # -- what is not coded -------------------------------------------------------------------------------------------------

@@ -14,15 +14,18 @@ which keeps it in [2^16, 2^32). The decoder undoes it, last coded first, and tak
 one left. Raw bits (of escapes: an Exp-Golomb code of order 0 of `shared.codec.tables.escape_value`) use the same state
 as symbols of frequency 2^(32 - bits) would.
 
-**A small chunk** (below 2^15 symbols) has one state that begins at 0, below its normal interval: up to the first word
-nothing is lost to the interval. The head is the final state's upper half without leading zero bytes.
+**One state** begins at 0, below its interval: up to the first word nothing is lost to the interval. The head is the
+final state's upper half without leading zero bytes. That costs 2 bytes above the ideal code length; but one state is
+one chain of operations, each waiting for the last.
 
-**A large chunk** has 32 states, symbol i in state i mod 32, so that a processor can step sixteen at once. The flush of
-32 states is not paid: the last 1024 to 1055 symbols are coded first, by one state as in a small chunk; the last 31
-words it gave away are taken back and become the states 1 to 31, as 2^16 + word (2^17 where there were not as many).
-State 0 goes on from where it is (plus 2^16, told by 2^17 + 1 in state 1, where it has not reached its interval). In the
-end states 31 to 1 are put into state 0 as raw bits: 16 low ones, the k others below the leading one, k in 4 bits. What
-remains is 4 to 5 bits for each state instead of 24.
+**32 states**, symbol i in state i mod 32, are stepped sixteen at once. An encoder may use them in chunks of 2^15
+symbols or more; this one does as soon as one state has made 2 kB of words. Their flush is not paid: the last symbols,
+down to a multiple of 32, are coded by one state; the last 31 words it gave away are taken back and become the states 1
+to 31, as 2^16 + word. State 0 goes on from where it is. In the end states 31 to 1 are put into state 0 as raw bits: 16
+low ones, the k others below the leading one, k in 4 bits; then the number of symbols so coded, over 32, in 24 bits.
+That leaves 20 bytes instead of 124.
+
+A chunk of 2^15 symbols or more has one more bit put last, whether it has 32 states.
 
 A decoded chunk must end with a state of 0 and with every word used, or it is not what an encoder made.
 """
@@ -120,9 +123,7 @@ def _encode_chunk(symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables
     room = len(symbols) + 4 * kernels.WORDS_PAD  # 14 bits each and what the states hold, if none is an escape
     while True:
         words = np.empty(room, np.uint16)
-        x, p = encode_chunk(
-            symbols, indexes, words, look.bounds, look.freqs, look.cumulative, look.encode_tables, look.encode_rows
-        )
+        x, p = encode_chunk(symbols, indexes, words, look.bounds, look.encode_tables, look.encode_rows)
         if p >= 0:
             head = int(x).to_bytes((int(x).bit_length() + 7) // 8, "little")
             return head + words[p:].astype("<u2", copy=False).tobytes()

@@ -136,26 +136,26 @@ class Lookup:
 
     `bounds`: int64 [T, 3], offset, entries without the escape, first row. `freqs`, `cumulative`: uint16 by row.
 
-    For encoding: `encode_tables`: uint64 [T], offset (32 bits) | first row (18) | entries without the escape (14).
-    `encode_rows`: uint64 by row, reciprocal (32) | frequency (14) | cumulative (14) | shift (4), such that
+    For encoding: `encode_tables`: int64 [T], offset (32 bits) | first row (18) | entries without the escape (14).
+    `encode_rows`: int64 by row, reciprocal (32) | frequency (14) | cumulative (14) | shift (4), such that
     x * reciprocal >> 31 + shift is x // frequency or one more.
 
-    For decoding, a table's 2^14 slots are cut into 2^7 buckets, or 2^10 from table `first_wide` on. `buckets`: uint64,
+    For decoding, a table's 2^14 slots are cut into 2^7 buckets, or 2^10 from table `first_wide` on. `buckets`: int64,
     for the entry at a bucket's first slot, or the one before the escape: cumulative (14) | frequency (14) | 4 free |
     frequency of the next entry, 0 for the escape's (14) | 2 free | symbol (16, signed). Symbols that lie further on
-    than the next entry are searched for through `decode_tables`: uint64 [T], row of symbol 0 (32, modulo 2^32) | value
-    that stands for the escape (32), and `decode_rows`: uint64 by row, cumulative (14) | frequency (14).
+    than the next entry are searched for through `decode_tables`: int64 [T], row of symbol 0 (32, modulo 2^32) | value
+    that stands for the escape (32), and `decode_rows`: int64 by row, cumulative (14) | frequency (14).
     """
 
     bounds: NDArray[np.int64]
     freqs: NDArray[np.uint16]
     cumulative: NDArray[np.uint16]
-    encode_tables: NDArray[np.uint64]
-    encode_rows: NDArray[np.uint64]
+    encode_tables: NDArray[np.int64]
+    encode_rows: NDArray[np.int64]
     first_wide: int
-    buckets: NDArray[np.uint64]
-    decode_tables: NDArray[np.uint64]
-    decode_rows: NDArray[np.uint64]
+    buckets: NDArray[np.int64]
+    decode_tables: NDArray[np.int64]
+    decode_rows: NDArray[np.int64]
 
 
 def _build_lookup(tables: EntropyTables) -> Lookup:
@@ -178,13 +178,13 @@ def _build_lookup(tables: EntropyTables) -> Lookup:
         bounds=np.stack([offsets, sizes, starts], 1),
         freqs=tables.freqs,
         cumulative=tables.cumulative,
-        encode_tables=(offsets & u32 | (starts | sizes << 18) << 32).view(np.uint64),
-        encode_rows=(reciprocals | (freqs | cumulative << 14 | shifts << 28) << 32).view(np.uint64),
+        encode_tables=offsets & u32 | (starts | sizes << 18) << 32,
+        encode_rows=reciprocals | (freqs | cumulative << 14 | shifts << 28) << 32,
         first_wide=first_wide,
-        buckets=np.concatenate(buckets).view(np.uint64),
-        decode_tables=((starts - offsets) & u32 | ((offsets + sizes) & u32) << 32).view(np.uint64),
+        buckets=np.concatenate(buckets),
+        decode_tables=(starts - offsets) & u32 | ((offsets + sizes) & u32) << 32,
         # One more row, because a search looks one row ahead also in lanes that need no search.
-        decode_rows=np.append(cumulative | freqs << 14, 0).view(np.uint64),
+        decode_rows=np.append(cumulative | freqs << 14, 0),
     )
 
 
