@@ -17,17 +17,17 @@ HEX_DIGITS = frozenset("0123456789abcdef")
 SHORTEST_PREFIX = 8  # hex digits of a model id that are taken for one
 
 
-def load_named(reference: str) -> "Codec":
-    """The codec by bundled name, folder, or model id (whole, or its first 8 or more digits). Raises typer.BadParameter,
-    InvalidBundle."""
-    from shared.codec.codec import Codec
+def find_named(reference: str) -> Path:
+    """A codec bundle's folder by bundled name, folder, or model id (whole, or its first 8 or more digits).
+    Raises typer.BadParameter, InvalidBundle."""
+    from shared.codec.bundle import find_bundle
 
     if len(reference) >= SHORTEST_PREFIX and HEX_DIGITS.issuperset(reference):
         for model_id, folder in bundled():
             if model_id.startswith(reference):
-                return Codec.load(folder)
+                return folder
     try:
-        return Codec.load(reference)
+        return find_bundle(reference)
     except UnknownModel as error:
         raise typer.BadParameter(str(error), param_hint="'--model'") from None
 
@@ -59,15 +59,10 @@ class Decoders:
     """
 
     def __init__(self, reference: str | None = None) -> None:
-        from shared.codec.bundle import find_bundle
-
         self._folders = dict(bundled())
         self._loaded: dict[str, Codec] = {}
         if reference is not None:
-            try:
-                folder = find_bundle(reference)
-            except UnknownModel as error:
-                raise typer.BadParameter(str(error), param_hint="'--model'") from None
+            folder = find_named(reference)
             self._folders[read_manifest(folder)["model_id"]] = folder
 
     def read(self, data: bytes) -> tuple["Codec", "Bitstream"]:

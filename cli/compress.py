@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.codecs import Decoders, load_named
+from cli.codecs import Decoders, find_named
 from cli.files import BITSTREAM_SUFFIX, PICTURE_SUFFIXES, Job, expand, make_folder, plan, write_atomically
 from cli.pictures import MADE_BY, encode_png, read_frame
 from cli.progress import for_each
@@ -45,10 +45,11 @@ def compress(
     import numpy as np
 
     from shared.codec.bitstream import to_bytes
+    from shared.codec.codec import Codec
     from shared.codec.types import QUALITY_STEP, Frame, quality_to_steps
 
     quality_to_steps(quality)  # NaN passes the option's limits
-    codec = load_named(model)
+    codec = Codec.load(find_named(model))
     codec.encode(Frame(np.zeros((64, 64, 3), np.uint8)))  # starts the kernels: that is no file's encode_ms
     make_folder(output)
     read_bytes = written_bytes = 0

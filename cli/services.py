@@ -4,8 +4,9 @@ The flags are made from the settings model, so that its description, default and
 on as text and checked where environment and file are checked too; an error reads the same wherever the value came from.
 """
 
+import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -37,12 +38,17 @@ def cloud(context: typer.Context) -> None:
 
 
 def run(
-    model: type["Settings"], serve: Callable[[Any], None], arguments: Sequence[str], program: str, summary: str
+    model: type["Settings"],
+    serve: Callable[[Any], Coroutine[Any, Any, None]],
+    arguments: Sequence[str],
+    program: str,
+    summary: str,
 ) -> None:
     """Parses `arguments` into a `model` and serves until a signal says stop. Raises InvalidSettings, SystemExit."""
 
     def command(**flags: Any) -> None:
-        serve(model.load(**{name: value for name, value in flags.items() if value not in (None, [])}))
+        settings = model.load(**{name: value for name, value in flags.items() if value not in (None, [])})
+        asyncio.run(serve(settings))
 
     parameters = [parameter(name, field, model) for name, field in model.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from string import Template
 
 from PIL import Image
 
-from cli.demo.results import Coded, Demo, Found, Picture, Rgb, match, overlap
+from cli.demo.results import STAGES, WAY, Coded, Demo, Found, Picture, Rgb, match, overlap
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_SIDE = 1280  # pixels; pictures are embedded no larger than this
@@ -55,10 +55,15 @@ def summary(demo: Demo, quality: float) -> str:
     sent = sum(one.sent_bytes for one in coded)
     before = sum(len(picture.found) for picture in demo.pictures)
     kept = sum(count_kept(picture, one) for picture, one in zip(demo.pictures, coded, strict=True))
+    times_as, words = compared(jpeg / sent)
     trips = sorted(one.round_trip_ms for one in coded)
     figures = [
-        ("Fewer bytes than JPEG", f"{jpeg / sent:.1f}&times;", f"{kilobytes(sent)} sent in place of {kilobytes(jpeg)}"),
-        ("Objects still found", f"{kept} of {before}", "same kind, same place, by the same detector"),
+        (f"{words.capitalize()} than JPEG", times_as, f"{kilobytes(sent)} sent in place of {kilobytes(jpeg)}"),
+        (
+            "Objects still found",
+            f"{kept} of {before}" if before else "none",
+            "same kind, same place, by the same detector" if before else "as on the originals",
+        ),
         ("Picture to answer", f"{trips[len(trips) // 2]:.0f} ms", "median, from camera to consumer, on this machine"),
     ]
     return (
@@ -111,7 +116,7 @@ def plate(demo: Demo, n: int, picture: Picture) -> str:
     return f"""<article class="plate" aria-labelledby="plate-{n}">
 <div class="plate-head"><div><h2 id="plate-{n}">{title}</h2>
 <p class="quiet">{picture.width} &times; {picture.height}</p></div>
-{switched([f'<p class="ratio"><b>{picture.ratio(one):.1f}&times;</b> fewer bytes</p>' for one in coded])}</div>
+{switched([ratio(picture.ratio(one)) for one in coded])}</div>
 {switched([scale(picture, one) for one in coded])}
 <div class="panels">
 <figure class="original">{original}{caption("Original", f"{kilobytes(picture.jpeg_bytes)} {jpeg}")}</figure>
@@ -122,6 +127,15 @@ def plate(demo: Demo, n: int, picture: Picture) -> str:
 
 def switched(parts: Sequence[str]) -> str:
     return "".join(f'<div class="at at-{n}">{part}</div>' for n, part in enumerate(parts))
+
+
+def ratio(fewer: float) -> str:
+    return '<p class="ratio"><b>{}</b> {}</p>'.format(*compared(fewer))
+
+
+def compared(fewer: float) -> tuple[str, str]:
+    """How many times fewer bytes, said so that it also reads where they are more."""
+    return (f"{fewer:.1f}&times;", "fewer bytes") if fewer >= 1 else (f"{1 / fewer:.1f}&times;", "more bytes")
 
 
 def scale(picture: Picture, coded: Coded) -> str:
@@ -203,18 +217,30 @@ def objects(picture: Picture, coded: Coded, name: str) -> str:
 
 
 def times(demo: Demo, quality: float) -> str:
+    """A bar for each picture, all to one scale, and every stage as a number for who wants to know."""
     coded = demo.coded(quality)
-    stages = list(dict.fromkeys(stage for one in coded for stage in one.stages_ms))
-    head = "".join(f'<th scope="col">{escape(stage)}</th>' for stage in (*stages, "picture to answer"))
-    rows = "".join(
-        f'<tr><th scope="row">{escape(picture.title)}</th>'
-        + "".join(f"<td>{one.stages_ms.get(stage, 0.0):.1f}</td>" for stage in stages)
-        + f"<td>{one.round_trip_ms:.0f}</td></tr>"
-        for picture, one in zip(demo.pictures, coded, strict=True)
-    )
+    longest = max(sum(one.stages_ms.values()) for one in coded)
+    bars, rows = [], []
+    for picture, one in zip(demo.pictures, coded, strict=True):
+        places = {place: sum(one.stages_ms[stage] for stage in stages) for place, stages in WAY.items()}
+        said = ", ".join(f"{place} {value:.0f} ms" for place, value in places.items())
+        parts = "".join(
+            f'<i class="{place}" style="width:{100 * value / longest:.3f}%"></i>' for place, value in places.items()
+        )
+        title = escape(picture.title)
+        bars.append(
+            f'<li><span>{title}</span><span class="bar" role="img" aria-label="{said}" title="{said}">{parts}</span>'
+            f"<span>{one.round_trip_ms:.0f} ms</span></li>"
+        )
+        numbers = "".join(f"<td>{one.stages_ms[stage]:.1f}</td>" for stage in STAGES)
+        rows.append(f'<tr><th scope="row">{title}</th>{numbers}<td>{one.round_trip_ms:.0f}</td></tr>')
+    key = "".join(f'<li><i class="{place}"></i>{place}</li>' for place in WAY)
+    head = "".join(f'<th scope="col">{stage}</th>' for stage in (*STAGES, "picture to answer"))
     return (
-        '<div class="scroll" role="region" aria-labelledby="times" tabindex="0">'
-        f'<table><thead><tr><th scope="col">Picture</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<ul class="key" aria-hidden="true">{key}</ul><ul class="bars">{"".join(bars)}</ul>'
+        "<details><summary>Every stage, in milliseconds</summary>"
+        '<div class="scroll" role="region" aria-label="Every stage, in milliseconds" tabindex="0"><table><thead><tr>'
+        f'<th scope="col">Picture</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></details>'
     )
 
 

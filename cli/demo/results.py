@@ -12,6 +12,15 @@ from numpy.typing import NDArray
 
 MATCH_IOU = 0.5  # overlap at which a detection counts as the same object, as in AP50
 
+WAY = {
+    "edge": ("read", "edge queue", "analyse", "entropy code", "spool"),
+    "wire": ("wire and rest",),
+    "decoder": ("cloud queue", "entropy decode", "synthesise"),
+    "detector": ("detect",),
+}
+"""Where a frame's time goes, in the order of its way: place -> stages."""
+STAGES = tuple(stage for stages in WAY.values() for stage in stages)
+
 Rgb = NDArray[np.uint8]
 
 
@@ -30,7 +39,7 @@ class Coded:
     """One picture at one quality, after the way through edge and cloud.
 
     `rgb`: uint8 [height, width, 3], as decoded. `sent_bytes`: the coded picture's file form. `found`: what
-    came back through Subscribe. `stages_ms`: stage name -> milliseconds, in the order of the frame's way.
+    came back through Subscribe. `stages_ms`: milliseconds of each of STAGES.
     """
 
     quality: float

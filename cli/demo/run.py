@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 import torch
 from sightline.v1 import detection_pb2, edge_pb2
 
-from cli.codecs import load_named
-from cli.demo.results import Coded, Demo, Found, Picture, Rgb
+from cli.codecs import find_named
+from cli.demo.results import STAGES, Coded, Demo, Found, Picture, Rgb
 from cli.demo.services import service
 from cli.demo.wire import Wire
 from cli.detect import load as load_task
@@ -68,13 +68,14 @@ async def run(inputs: Sequence[Input], plan: Plan, say: Callable[[str], None]) -
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     with TemporaryDirectory(prefix="sightline-demo-") as name:
         folder = Path(name)
+        bundle = find_named(plan.model)
         say("starting the cloud service")
-        with service("cloud", cloud_flags(plan, folder), folder) as cloud:
-            codec = await asyncio.to_thread(load_named, plan.model)
+        with service("cloud", cloud_flags(bundle, plan.task, folder), folder) as cloud:
+            codec = await asyncio.to_thread(Codec.load, bundle)
             task = await asyncio.to_thread(load_task, plan.task)
             await cloud.wait_ready()
             say("starting the edge service")
-            with service("edge", edge_flags(plan, folder, cloud.address), folder) as edge:
+            with service("edge", edge_flags(bundle, folder, cloud.address), folder) as edge:
                 await edge.wait_ready()
                 wire = Wire(edge, cloud)
                 try:
@@ -93,12 +94,12 @@ async def run(inputs: Sequence[Input], plan: Plan, say: Callable[[str], None]) -
     )
 
 
-def cloud_flags(plan: Plan, folder: Path) -> list[str]:
-    return ["--data-dir", str(folder / "cloud"), "--models", plan.model, "--tasks", plan.task]
+def cloud_flags(bundle: Path, task: str, folder: Path) -> list[str]:
+    return ["--data-dir", str(folder / "cloud"), "--models", str(bundle.resolve()), "--tasks", task]
 
 
-def edge_flags(plan: Plan, folder: Path, cloud: str) -> list[str]:
-    return ["--data-dir", str(folder / "edge"), "--models", plan.model, "--cloud", cloud]
+def edge_flags(bundle: Path, folder: Path, cloud: str) -> list[str]:
+    return ["--data-dir", str(folder / "edge"), "--models", str(bundle.resolve()), "--cloud", cloud]
 
 
 async def send_all(
@@ -157,15 +158,7 @@ def found_in(event: detection_pb2.DetectionEvent, score: float) -> list[Found]:
 
 def stages(edge: edge_pb2.EdgeTimings, cloud: detection_pb2.CloudTimings, round_trip_ms: float) -> dict[str, float]:
     """The frame's way in order, and what of the whole is in none of these: wires, logs, processes that take turns."""
-    known = {
-        "read": edge.image_decode_ms,
-        "edge queue": edge.queue_ms,
-        "analyse": edge.analyse_ms,
-        "entropy code": edge.pack_ms,
-        "spool": edge.spool_ms,
-        "cloud queue": cloud.queue_ms,
-        "entropy decode": cloud.unpack_ms,
-        "synthesise": cloud.synthesise_ms,
-        "detect": cloud.task_ms,
-    }
-    return {**known, "wire and rest": max(0.0, round_trip_ms - sum(known.values()))}
+    at_edge = (edge.image_decode_ms, edge.queue_ms, edge.analyse_ms, edge.pack_ms, edge.spool_ms)
+    at_cloud = (cloud.queue_ms, cloud.unpack_ms, cloud.synthesise_ms, cloud.task_ms)
+    rest = max(0.0, round_trip_ms - sum(at_edge) - sum(at_cloud))
+    return dict(zip(STAGES, (*at_edge, rest, *at_cloud), strict=True))

@@ -1,8 +1,10 @@
 """The demo's table: for people on the terminal, for programs as rows."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from cli.demo.results import Demo, match
+from cli.demo.results import STAGES, Demo, Found, match
 
 
 def as_rows(demo: Demo) -> list[dict[str, Any]]:
@@ -36,31 +38,39 @@ def print_table(demo: Demo) -> None:
     from rich.table import Table
 
     shown = demo.coded(demo.shown_quality)
-    stages = list(dict.fromkeys(stage for coded in shown for stage in coded.stages_ms))
     results = Table(box=box.SIMPLE_HEAD, title=f"Quality {demo.shown_quality:g}", title_justify="left")
     results.add_column("picture", style="bold")
     for name in ("as JPEG", "sent", "ratio"):
         results.add_column(name, justify="right", no_wrap=True)
     results.add_column("found on the original")
     results.add_column("found after the codec")
-    times = Table(box=box.SIMPLE_HEAD, title="Milliseconds", title_justify="left")
-    times.add_column("picture", style="bold")
-    for name in (*stages, "picture to answer"):
-        times.add_column(name, justify="right")
     for picture, coded in zip(demo.pictures, shown, strict=True):
         results.add_row(
             picture.title,
             f"{picture.jpeg_bytes:,}",
             f"{coded.sent_bytes:,}",
             f"{picture.ratio(coded):.1f}x",
-            ", ".join(found.label for found in picture.found) or "nothing",
-            ", ".join(found.label for found in coded.found) or "nothing",
+            counted(picture.found),
+            counted(coded.found),
         )
-        times.add_row(
-            picture.title,
-            *(f"{coded.stages_ms.get(stage, 0.0):.1f}" for stage in stages),
-            f"{coded.round_trip_ms:.0f}",
-        )
+    times = Table(box=box.SIMPLE_HEAD, title="Milliseconds", title_justify="left")
+    times.add_column("stage", style="bold", no_wrap=True)
+    for picture in demo.pictures:
+        times.add_column(picture.title, justify="right")
+    for stage in STAGES:
+        times.add_row(stage, *(f"{coded.stages_ms[stage]:.1f}" for coded in shown))
+    times.add_section()
+    times.add_row("picture to answer", *(f"{coded.round_trip_ms:.0f}" for coded in shown))
     console = Console()
     console.print(results)
     console.print(times)
+
+
+def counted(found: Sequence[Found]) -> str:
+    """Labels with how often each was found, in order of first appearance: "2 person, cup"."""
+    return (
+        ", ".join(
+            label if count == 1 else f"{count} {label}" for label, count in Counter(one.label for one in found).items()
+        )
+        or "nothing"
+    )
