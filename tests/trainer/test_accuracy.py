@@ -182,6 +182,16 @@ def test_a_missing_picture_is_named(tmp_path: Path) -> None:
         load_set(tmp_path, tmp_path / "instances.json")
 
 
+def test_a_picture_of_another_size_than_annotated_is_refused(tmp_path: Path) -> None:
+    document, _ = scene(1)
+    write_set(tmp_path, document)
+    Image.new("RGB", (SIZE, SIZE - 1)).save(tmp_path / "11.png")
+    with pytest.raises(
+        InvalidImage, match=rf"11\.png: the annotations say {SIZE}x{SIZE}, the picture is {SIZE}x{SIZE - 1}"
+    ):
+        load_set(tmp_path, tmp_path / "instances.json")
+
+
 def test_ids_that_are_not_in_the_set_are_refused(tmp_path: Path) -> None:
     document, _ = scene(1)
     write_set(tmp_path, document)

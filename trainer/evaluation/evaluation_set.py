@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from shared.errors import InvalidImage, InvalidInput
@@ -81,6 +82,13 @@ def _picture(images_dir: Path, record: dict[str, Any], annotations: list[dict[st
     if not path.is_file():
         raise InvalidImage(f"{path} is named by the annotations but is not there")
     width, height = int(record["width"]), int(record["height"])
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except (OSError, ValueError) as error:
+        raise InvalidImage(f"{path} is not a picture that can be read: {error}") from error
+    if size != (width, height):
+        raise InvalidImage(f"{path}: the annotations say {width}x{height}, the picture is {size[0]}x{size[1]}")
     masks = None
     if all(a.get("has_mask", True) and a.get("segmentation") for a in annotations):
         masks = tuple(_run_length(a["segmentation"], height, width) for a in annotations)
