@@ -47,12 +47,23 @@ class Example:
                 rgb = np.array(image.convert("RGB"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise InvalidImage(f"{self.path}: expected a readable picture, got {error}") from error
-        if rgb.shape[:2] != (self.height, self.width):
-            raise InvalidImage(
-                f"{self.path}: the annotations say {self.width}x{self.height}, the picture is "
-                f"{rgb.shape[1]}x{rgb.shape[0]}"
-            )
+        self._require_size(rgb.shape[1], rgb.shape[0])
         return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+
+    def check(self) -> None:
+        """Read the picture's header only. Raises InvalidImage."""
+        try:
+            with Image.open(self.path) as image:
+                width, height = image.size
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InvalidImage(f"{self.path}: expected a readable picture, got {error}") from error
+        self._require_size(width, height)
+
+    def _require_size(self, width: int, height: int) -> None:
+        if (width, height) != (self.width, self.height):
+            raise InvalidImage(
+                f"{self.path}: the annotations say {self.width}x{self.height}, the picture is {width}x{height}"
+            )
 
     def masks(self) -> NDArray[np.uint8]:
         """Object masks, uint8 [N, height, width]; all zero where an object has none."""
@@ -159,6 +170,24 @@ def _check_annotation(annotation: Any, label_space: Collection[int], where: str)
     box = _field(annotation, "bbox", list, where)
     if len(box) != 4 or not all(isinstance(v, int | float) and np.isfinite(v) for v in box):
         raise InvalidInput(f"{where}: field 'bbox' must be four finite numbers x, y, width, height, got {box}")
+    if annotation.get("segmentation"):
+        _check_segmentation(annotation["segmentation"], where)
+
+
+def _check_segmentation(segment: Any, where: str) -> None:
+    if isinstance(segment, dict):
+        counts, size = segment.get("counts"), segment.get("size")
+        good = isinstance(counts, str | list) and isinstance(size, list) and len(size) == 2
+    else:
+        good = isinstance(segment, list) and all(
+            isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(isinstance(v, int | float) for v in p)
+            for p in segment
+        )
+    if not good:
+        raise InvalidInput(
+            f"{where}: field 'segmentation' must be polygons of three or more x, y pairs, or a run-length encoding "
+            "with 'size' and 'counts'"
+        )
 
 
 def _example(images_dir: Path, image: dict[str, Any], objects: list[dict[str, Any]]) -> Example:

@@ -25,7 +25,7 @@ class PictureBatch:
 
 
 class PictureBatches:
-    """Draws pictures, mirrored at random. Deterministic given `rng`."""
+    """Draws pictures, mirrored at random. Deterministic given `rng`. `ignore`: the network knows ignored regions."""
 
     def __init__(
         self,
@@ -36,9 +36,10 @@ class PictureBatches:
         *,
         masks: bool,
         device: str,
+        ignore: bool,
     ) -> None:
         self._examples, self._order, self._size, self._rng = examples, order, size, rng
-        self._masks, self._device = masks, device
+        self._masks, self._device, self._ignore = masks, device, ignore
 
     def draw(self) -> PictureBatch:
         chosen = [self._examples[next(self._order)] for _ in range(self._size)]
@@ -49,6 +50,7 @@ class PictureBatches:
             images.append(image.flip(2) if mirrored else image)
             view = View(example.height, example.width, mirrored, 0, 0, example.height, example.width)
             target = view_targets(example, view, masks=self._masks)
-            target.pop("ignore")  # torchvision's transform would not resize it
+            if not self._ignore:
+                target.pop("ignore")  # torchvision's own transform would not resize it
             targets.append({k: v.to(self._device) for k, v in target.items()})
         return PictureBatch(images, targets, tuple(e.image_id for e in chosen))

@@ -1,8 +1,9 @@
-"""Training the task networks: `train_task` from files to a bundle, `fit` for the loop alone.
+"""The loop that trains task networks: `fit`. `trainer.train_task` goes from files to a bundle with it.
 
 The bundled networks start from ImageNet's MobileNetV2, with their first blocks frozen and cached
 (`trainer.early_cache`); any of torchvision's detectors trains on pictures (`trainer.pictures`). AdamW, warm-up and
-a cosine whose length is a number of steps or of minutes; bfloat16 autocast on CPU. What is evaluated and exported
+a cosine whose length is a number of steps or of minutes; bfloat16 autocast for the bundled ones (torchvision's compute
+their anchors in the type of the features, which moves boxes by up to 8 pixels). What is evaluated and exported
 is the exponential moving average of the weights. A killed run resumes from its last checkpoint, written atomically; a
 non-finite loss stops it, with the step saved and the batch named.
 """
@@ -66,6 +67,9 @@ class TaskTraining:
             raise InvalidSettings("task training: set exactly one of 'steps' and 'minutes'")
         for name in ("batch_size", "trunk_rate", "head_rate"):
             if getattr(self, name) <= 0:
+                raise InvalidSettings(f"task training: '{name}' must be positive, got {getattr(self, name)}")
+        for name in ("steps", "minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise InvalidSettings(f"task training: '{name}' must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise InvalidSettings(f"task training: 'ema_decay' must be in [0, 1), got {self.ema_decay}")
@@ -132,7 +136,7 @@ class Run:
     def update(self, batch: EarlyBatch | PictureBatch) -> dict[str, float]:
         """One optimiser step. Returns the losses. Raises NumericalError before any weight is changed."""
         device = torch.device(self.settings.device).type
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=isinstance(self.model, BundledRCNN)):
             losses = batch.losses(self.model)
         total = torch.stack([v for v in losses.values() if v.requires_grad]).sum()
         parts = {k.removeprefix("loss_"): float(v.detach()) for k, v in losses.items()}
@@ -238,9 +242,9 @@ def fit(
         training_mode(model)
         try:
             losses = run.update(batches.draw())
-        except NumericalError:
+        except NumericalError as error:
             run.save(checkpoint)
-            raise
+            raise NumericalError(f"{error}; the state before this step is in {checkpoint}") from error
         run.elapsed += time.monotonic() - started
         smooth = {k: 0.98 * smooth.get(k, v) + 0.02 * v for k, v in losses.items()}
         bar.update(run.progress - bar.n)
@@ -266,7 +270,10 @@ def _batches(run: Run, examples: list[Example]) -> EarlyBatches | PictureBatches
     if isinstance(model, BundledRCNN) and settings.device == "cpu":
         early = EarlyFeatures(model, examples, budget_bytes=settings.cache_bytes, seed=settings.seed)
         return EarlyBatches(early, examples, order, settings.batch_size, rng, masks=masks)
-    return PictureBatches(examples, order, settings.batch_size, rng, masks=masks, device=settings.device)
+    return PictureBatches(
+        examples, order, settings.batch_size, rng, masks=masks, device=settings.device,
+        ignore=isinstance(model, BundledRCNN),
+    )  # fmt: skip
 
 
 def training_mode(model: nn.Module) -> None:

@@ -27,7 +27,8 @@ BUNDLED = ("faster-rcnn-mobilenetv2", "mask-rcnn-mobilenetv2")
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights"
 MANIFEST, WEIGHTS_FILE = "manifest.json", "weights.safetensors"
 ARCHITECTURES = {"faster-rcnn-mobilenetv2-fpn": False, "mask-rcnn-mobilenetv2-fpn": True}
-"""Architecture named in a manifest, and whether it has masks."""
+"""Architecture of this project named in a manifest, and whether it has masks. Others are torchvision's builders."""
+ARCHITECTURE_OF = dict(zip(BUNDLED, ARCHITECTURES, strict=True))
 
 
 def available_tasks() -> list[str]:
@@ -63,23 +64,34 @@ def load_bundled(folder: Path, name: str, *, device: str = "cpu") -> Torchvision
         raise UnknownModel(f"{name}: there is no {folder / MANIFEST}")
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-        masks = ARCHITECTURES[manifest["architecture"]]
-        model_id = manifest["model_id"]
+        architecture, model_id = str(manifest["architecture"]), manifest["model_id"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidBundle(
-            f"{folder / MANIFEST}: expected 'architecture' (one of {', '.join(ARCHITECTURES)}) and 'model_id', "
-            f"got {type(error).__name__} {error}"
+            f"{folder / MANIFEST}: expected 'architecture' and 'model_id', got {type(error).__name__} {error}"
         ) from error
-    model = BundledRCNN(masks=masks)
+    model: Any
+    if architecture in ARCHITECTURES:
+        model = BundledRCNN(masks=ARCHITECTURES[architecture])
+    elif architecture in models.list_models(detection):
+        model = torchvision_network(architecture, published=False)
+    else:
+        raise InvalidBundle(
+            f"{folder / MANIFEST}: 'architecture' is {architecture!r}, expected one of {', '.join(ARCHITECTURES)}, or "
+            "a detector of torchvision"
+        )
     load_strictly(model, read_state(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     if (found := state_hash(model)) != model_id:
         raise InvalidBundle(f"{folder / WEIGHTS_FILE}: expected weights with SHA-256 {model_id}, got {found}")
     return TorchvisionDetector(model, name, device=device, model_id=model_id)
 
 
-def _torchvision(name: str, weights: str | Path, device: str) -> TaskModel:
+def torchvision_network(name: str, *, published: bool) -> Any:
+    """torchvision's network: with its published weights, or with random ones and COCO's label space where it has one.
+
+    Raises Unavailable if the weights cannot be downloaded.
+    """
     options: dict[str, Any] = {"weights": "DEFAULT"}
-    if weights != "default":
+    if not published:
         options = {"weights": None, "weights_backbone": None}
         if name in models.list_models(detection) and not name.startswith("keypoint"):
             options["num_classes"] = NUM_CLASSES
@@ -87,10 +99,15 @@ def _torchvision(name: str, weights: str | Path, device: str) -> TaskModel:
         model = models.get_model(name, **options)
     except OSError as error:  # urllib's errors are among them
         raise Unavailable(f"{name}: torchvision could not download its weights: {error}") from error
+    if name.startswith("maskrcnn"):
+        model.roi_heads = PartialTruthRoIHeads.adopt(model.roi_heads)
+    return model
+
+
+def _torchvision(name: str, weights: str | Path, device: str) -> TaskModel:
+    model = torchvision_network(name, published=weights == "default")
     if weights not in ("default", "random"):
         load_strictly(model, read_state(Path(weights)), Path(weights))
     if name in models.list_models(segmentation):
         return TorchvisionSegmenter(model, name, device=device)
-    if name.startswith("maskrcnn"):
-        model.roi_heads = PartialTruthRoIHeads.adopt(model.roi_heads)
     return TorchvisionDetector(model, name, device=device)
