@@ -61,6 +61,7 @@ class Server:
         self._beat = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._http: WSGIServer | None = None
+        self._started = False
         self.draining = draining or asyncio.Event()
         self.port = 0
         self.metrics_port = 0
@@ -108,6 +109,7 @@ class Server:
         except RuntimeError as error:
             raise InvalidSettings(f"setting listen: cannot listen on {host} port {port}: {error}") from None
         await self._grpc.start()
+        self._started = True
         self._start_http()
         self._tasks.append(asyncio.create_task(self._keep_beating()))
 
@@ -136,8 +138,9 @@ class Server:
         await self._grpc.stop(_LAST_ANSWERS_S)
 
     async def close(self) -> None:
-        """Ends what is left at once."""
-        await self._grpc.stop(0)
+        """Ends what is left at once; also after a start that failed."""
+        if self._started:  # stopping a grpc.aio server that never started waits for ever
+            await self._grpc.stop(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
