@@ -115,12 +115,12 @@ class Codec:
         Bisects over quality; the transform runs once. Size grows with quality, though not strictly: the answer
         fits, a slightly higher quality that also fits may exist.
         """
-        y = self._latents([frame])
+        y = self.latents([frame])
         low, high = QUALITY_MIN, QUALITY_MAX
-        best = self.pack(self._quantise(y, [low], [frame])[0])
+        best = self.pack(self.quantise(y, [low], [frame])[0])
         while low < high:
             middle = (low + high + 1) // 2
-            candidate = self.pack(self._quantise(y, [middle], [frame])[0])
+            candidate = self.pack(self.quantise(y, [middle], [frame])[0])
             if len(bits.to_bytes(candidate)) <= target_bytes:
                 low, best = middle, candidate
             else:
@@ -131,7 +131,7 @@ class Codec:
         """g_s(g_a(x)) with neither rounding nor coding: the control that shows what quantisation costs."""
         steps = torch.tensor([quality_to_steps(quality)], device=self.device)
         gain = interpolate_levels(self._log_gain, steps) * interpolate_levels(self._log_inverse_gain, steps)
-        return self._synthesise_group(self._latents([frame]) * gain, [(frame.height, frame.width)])[0]
+        return self._synthesise_group(self.latents([frame]) * gain, [(frame.height, frame.width)])[0]
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class Codec:
         for group in _groups([(f.height, f.width) for f in frames]):
             members = [frames[i] for i in group]
             for i, symbols in zip(
-                group, self._quantise(self._latents(members), [steps] * len(members), members), strict=True
+                group, self.quantise(self.latents(members), [steps] * len(members), members), strict=True
             ):
                 out[i] = symbols
         return [symbols for symbols in out if symbols is not None]
@@ -229,8 +229,8 @@ class Codec:
         return module
 
     @torch.no_grad()
-    def _latents(self, frames: Sequence[Frame]) -> Tensor:
-        """Unscaled y of frames of one size, float32 [B, M, hy, wy]."""
+    def latents(self, frames: Sequence[Frame]) -> Tensor:
+        """g_a of frames of one size: y before any gain, float32 [B, M, hy, wy]. Raises NumericalError."""
         height, width = frames[0].height, frames[0].width
         shape = self.latent_shape(height, width).y
         if len(frames) == 1:
@@ -254,7 +254,8 @@ class Codec:
         return y
 
     @torch.no_grad()
-    def _quantise(self, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
+    def quantise(self, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
+        """Latents to symbols, each frame at its own quality in 1/256 steps. Raises NumericalError."""
         y = y * interpolate_levels(self._log_gain, torch.tensor(qualities, device=self.device))
         z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32)
         means, indexes = self.h_s(z_hat, qualities, (y.shape[2], y.shape[3]))
