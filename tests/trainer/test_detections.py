@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from cloud.tasks.types import Detections, TaskKind
 from trainer.evaluation.detections import DetectionStore, as_found, detect, from_bytes, to_bytes
 from trainer.evaluation.matching import Found
-from trainer.evaluation.series import Coding
+from trainer.evaluation.series import Coding, Cost
 
 
 class BrightSpots:
@@ -42,7 +42,7 @@ def coding(key: str, decoded: list[str]) -> Coding:
         picture[2 : 2 + int(key), 5:9] = 200
         return picture
 
-    return Coding(80, 96, 0.1, 0.1, key, decode)
+    return Coding(Cost(8 * int(key), 96), key, decode)
 
 
 def same(a: Found, b: Found) -> bool:
@@ -86,14 +86,15 @@ def test_each_picture_is_decoded_once_for_all_networks_and_never_again(tmp_path:
     first, second = BrightSpots(100), BrightSpots(150)
     with ThreadPoolExecutor(2) as pool:
         advanced = []
-        found = detect([first, second], store, codings, pool, advanced.append)
+        costs, found = detect([first, second], store, codings, pool, advanced.append)
         assert sorted(map(int, decoded)) == list(range(11))
         assert sum(advanced) == 11
+        assert [cost.bits for cost in costs] == [8 * n for n in range(11)]
         assert [len(f.scores) for f in found[0]] == [0] + [1] * 10
-        again = detect([first, second], store, codings, pool)
+        _, again = detect([first, second], store, codings, pool)
         assert (len(decoded), first.seen, second.seen) == (11, 11, 11)
         assert all(same(a, b) for a, b in zip(again[0] + again[1], found[0] + found[1], strict=True))
         third = BrightSpots(250)
-        assert all(len(f.scores) == 0 for f in detect([first, third], store, codings, pool)[1])
+        assert all(len(f.scores) == 0 for f in detect([first, third], store, codings, pool)[1][1])
         assert (len(decoded), first.seen, third.seen) == (22, 11, 11)
     store.close()

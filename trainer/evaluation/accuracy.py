@@ -16,7 +16,7 @@ from cloud.tasks.types import TaskKind, TaskModel
 from trainer.evaluation.bdrate import bootstrap_weights
 from trainer.evaluation.evaluation_set import EvaluationSet
 from trainer.evaluation.matching import Found, Kind, Objects, Scores, match, score
-from trainer.evaluation.series import Coding
+from trainer.evaluation.series import Cost
 
 AGREEMENT_SCORE = 0.5
 
@@ -67,9 +67,9 @@ class Judge:
     def metrics(self) -> list[Metric]:
         return list(self._truth)
 
-    def measure(self, codings: Sequence[Coding], found: Sequence[Found]) -> dict[Metric, Measurement]:
-        """`codings`, `found`: of every picture of the set, in its order."""
-        bits = np.array([coding.bits for coding in codings], np.float64)
+    def measure(self, costs: Sequence[Cost], found: Sequence[Found]) -> dict[Metric, Measurement]:
+        """`costs`, `found`: of every picture of the set, in its order."""
+        bits = np.array([cost.bits for cost in costs], np.float64)
         measured = {}
         for metric, (rows, truth) in self._truth.items():
             matches = match(truth, [found[i] for i in rows], self._categories, metric.kind)

@@ -7,9 +7,10 @@ while its weights did not must be given a new file.
 
 import io
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pycocotools import mask as coco_mask
 
 from cloud.tasks.types import Detections, TaskKind, TaskModel
 from trainer.evaluation.matching import Found
-from trainer.evaluation.series import Coding
+from trainer.evaluation.series import Coding, Cost
 
 CHUNK = 8  # pictures decoded and detected at a time
 
@@ -99,16 +100,19 @@ def as_found(detections: Detections, *, with_masks: bool) -> Found:
 def detect(
     tasks: Sequence[TaskModel],
     store: DetectionStore,
-    codings: Sequence[Coding],
+    codings: Iterable[Coding],
     pool: Executor,
     advance: Callable[[int], None] = lambda count: None,
-) -> list[list[Found]]:
-    """What each task finds in each decoded picture: [task][coding]. Pictures are decoded only if a task lacks them.
+) -> tuple[list[Cost], list[list[Found]]]:
+    """Costs of the codings, and what each task finds in each decoded picture: [task][coding].
 
-    `pool` decodes; `advance` is told how many pictures were done.
+    Codings are taken a chunk at a time and let go, so a large set of large pictures fits; a picture is decoded only if
+    a task lacks it. `pool` decodes; `advance` is told how many pictures were done.
     """
+    costs: list[Cost] = []
     found: list[list[Found]] = [[] for _ in tasks]
-    for chunk in _chunks(codings):
+    source = iter(codings)
+    while chunk := list(islice(source, CHUNK)):
         known = [[store.get(task.model_id, coding.key) for coding in chunk] for task in tasks]
         lacking = [i for i in range(len(chunk)) if any(row[i] is None for row in known)]
         decoded = dict(zip(lacking, pool.map(Coding.decoded, [chunk[i] for i in lacking]), strict=True))
@@ -120,10 +124,6 @@ def detect(
             if made:
                 store.put(task.model_id, {chunk[i].key: value for i, value in made.items()})
             out.extend(made.get(i, value) for i, value in enumerate(row))  # type: ignore[misc]
+        costs += [coding.cost for coding in chunk]
         advance(len(chunk))
-    return found
-
-
-def _chunks(codings: Sequence[Coding]) -> Iterator[Sequence[Coding]]:
-    for start in range(0, len(codings), CHUNK):
-        yield codings[start : start + CHUNK]
+    return costs, found

@@ -20,7 +20,7 @@ from cloud.tasks.loading import load_task
 from cloud.tasks.types import TaskKind, TaskModel
 from shared.codec.codec import Codec
 from shared.errors import InvalidSettings
-from trainer.evaluation.accuracy import Judge
+from trainer.evaluation.accuracy import Judge, Measurement, Metric
 from trainer.evaluation.anchors import anchor_by_name
 from trainer.evaluation.cityscapes import LabelSpace, load_cityscapes
 from trainer.evaluation.coded_store import CodedStore, Job, encode_jobs
@@ -29,7 +29,7 @@ from trainer.evaluation.detections import DetectionStore, detect
 from trainer.evaluation.evaluation_set import EvaluationSet, load_set
 from trainer.evaluation.series import (
     AnchorSeries,
-    Coding,
+    Cost,
     OriginalSeries,
     Series,
     SightlineSeries,
@@ -194,25 +194,25 @@ def _measure(
             for series in every:
                 bar = progress.add_task(f"detect {series.name}", total=len(series.settings) * len(pictures.pictures))
                 for index, setting in enumerate(series.settings):
-                    codings = [series.code(picture, index) for picture in pictures.pictures]
-                    found = detect(tasks, store, codings, pool, lambda count, bar=bar: progress.advance(bar, count))
+                    codings = (series.code(picture, index) for picture in pictures.pictures)
+                    costs, found = detect(tasks, store, codings, pool, lambda n, bar=bar: progress.advance(bar, n))
                     judges = judges or [
                         Judge(task, pictures, own, settings.draws) for task, own in zip(tasks, found, strict=True)
                     ]
                     for judge, own, out in zip(judges, found, points, strict=True):
-                        measured = judge.measure(codings, own)
-                        out.append(_point(series.name, setting, codings, pictures.pixels, measured))
+                        measured = judge.measure(costs, own)
+                        out.append(_point(series.name, setting, costs, pictures.pixels, measured))
     finally:
         store.close()
     return points
 
 
-def _point(series: str, setting: str, codings: Sequence[Coding], pixels: int, measured: dict) -> Point:  # type: ignore[type-arg]
+def _point(series: str, setting: str, costs: Sequence[Cost], pixels: int, measured: dict[Metric, Measurement]) -> Point:
     return Point(
         series,
         setting,
-        file_bpp=sum(coding.file_bits for coding in codings) / pixels,
-        encode_s=float(np.median([coding.encode_s for coding in codings])),
-        decode_s=float(np.median([coding.decode_s for coding in codings])),
+        file_bpp=sum(cost.file_bits for cost in costs) / pixels,
+        encode_s=float(np.median([cost.encode_s for cost in costs])),
+        decode_s=float(np.median([cost.decode_s for cost in costs])),
         measured=measured,
     )

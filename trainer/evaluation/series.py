@@ -27,13 +27,20 @@ from trainer.evaluation.pictures import read_rgb
 
 
 @dataclass(frozen=True, slots=True)
-class Coding:
-    """One picture at one setting. `bits`: what counts; `file_bits`: the whole file; times in s, NaN if not measured."""
+class Cost:
+    """Of one picture at one setting. `bits`: what counts; `file_bits`: the whole file; s, NaN if not measured."""
 
     bits: int
     file_bits: int
-    encode_s: float
-    decode_s: float
+    encode_s: float = float("nan")
+    decode_s: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """One picture at one setting. `key` names the decoded picture, `decode` gives it: uint8 [height, width, 3]."""
+
+    cost: Cost
     key: str
     decode: Callable[[], Rgb]
 
@@ -68,7 +75,7 @@ class OriginalSeries:
     def code(self, picture: Picture, setting: int) -> Coding:
         bits = 8 * picture.file_bytes
         key = f"pixels:{_sha256_of(picture.path)}"
-        return Coding(bits, bits, float("nan"), float("nan"), key, lambda: read_rgb(picture.path))
+        return Coding(Cost(bits, bits), key, lambda: read_rgb(picture.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +102,8 @@ class AnchorSeries:
         data = coded.data
         how = f"{self.anchor.decoding}|{point.scale}|{picture.width}x{picture.height}|"
         key = "coded:" + hashlib.sha256(how.encode() + data).hexdigest()
-        return Coding(
-            coded.picture_bits,
-            8 * len(data),
-            coded.encode_s,
-            float("nan"),
-            key,
-            lambda: self.anchor.decode(data, point, picture.height, picture.width),
-        )
+        cost = Cost(coded.picture_bits, 8 * len(data), coded.encode_s)
+        return Coding(cost, key, lambda: self.anchor.decode(data, point, picture.height, picture.width))
 
     def stored(self, pictures: Sequence[Picture]) -> "AnchorSeries":
         """The same with only those points at which every picture is in the store already."""
@@ -132,8 +133,8 @@ class SightlineSeries:
         rgb = self.codec.decode(bitstream).rgb
         decoded = time.perf_counter()
         bits = 8 * len(to_bytes(bitstream))
-        key = f"pixels:{pixels_sha256(rgb)}"
-        return Coding(bits, bits, encoded - start, decoded - encoded, key, lambda: rgb)
+        cost = Cost(bits, bits, encoded - start, decoded - encoded)
+        return Coding(cost, f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,4 +147,4 @@ class UnquantisedSeries:
 
     def code(self, picture: Picture, setting: int) -> Coding:
         rgb = self.codec.reconstruct_unquantised(Frame(read_rgb(picture.path))).rgb
-        return Coding(0, 0, float("nan"), float("nan"), f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
+        return Coding(Cost(0, 0), f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
