@@ -17,6 +17,7 @@ from shared.codec.kernels import (
     push_bits,
 )
 
+START = 0x5A17  # state before the first symbol: below its interval, and where no state comes to rest without words
 MAY_HAVE_LANES = 1 << 15  # symbols from which a chunk says whether it has 32 states
 _TAIL_WORDS = 1024  # what one state gives away before 32 begin: their 20 bytes are then below 1 % of the chunk
 _TAIL_STEP = 1024  # symbols
@@ -26,7 +27,7 @@ _LEAST_BODY = 1 << 13  # symbols; for fewer, 32 states gain less than 0.1 ms
 @compiled
 def encode_chunk(symbols, indexes, words, bounds, encode_tables, encode_rows):
     """Code a chunk to the end of `words`: (head, p), or (0, -1) where they are too few."""
-    n, p, x = len(symbols), len(words), 0
+    n, p, x = len(symbols), len(words), START
     body = n
     while body > 0:
         if len(words) - p >= _TAIL_WORDS and body >= _LEAST_BODY and n >= MAY_HAVE_LANES:
@@ -62,7 +63,7 @@ def encode_chunk(symbols, indexes, words, bounds, encode_tables, encode_rows):
 def decode_chunk(
     words, count, x, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets, decode_tables, decode_rows
 ):
-    """Decode a chunk that begins with head `x`: (state, words left), both 0 if it is whole; words left < 0 if not."""
+    """Decode a chunk that begins with head `x`: state and words left, `START` and 0 if it is whole."""
     n, body, p = len(indexes), 0, 0
     x, _, p = pop_bits(x, 0, words, count, p)
     if n >= MAY_HAVE_LANES:

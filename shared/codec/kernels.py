@@ -20,6 +20,9 @@ the user's cache folder; where there is none, it is compiled again in each proce
 # mypy: ignore-errors
 # (Numba infers the types here; mypy knows neither lanes nor intrinsics.)
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 from numba import njit, uint64
 
@@ -48,11 +51,19 @@ STATES = 2 * WIDTH
 WORDS_PAD = 256  # elements; a group of 16 reads at most 16, and writes at most 16 or, all escaped, 6 each
 LOW = 1 << 16  # states are in [2^16, 2^32)
 _MASK = (1 << PRECISION) - 1
-_ESCAPE_ZEROS_MAX = 33  # what an int32 can be off a table is less than 2^33
+_ESCAPE_BITS_MAX = 33  # after the leading one: what an int32 can be off a table is less than 2^33
 _NARROW_SHIFT, _WIDE_SHIFT = PRECISION - NARROW_BITS, PRECISION - WIDE_BITS
 
 
+# A cached kernel holds the code of those it calls, but Numba looks at the age of its own file only. So what all of them
+# are made from is part of their name.
+_SOURCES = hashlib.sha256(
+    b"".join((Path(__file__).parent / name).read_bytes() for name in ("lanes.py", "kernels.py", "chunks.py"))
+).hexdigest()[:12]
+
+
 def compiled(function):
+    function.__qualname__ += f"_{_SOURCES}"
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
@@ -104,7 +115,7 @@ def encode_symbols(symbols, indexes, first, last, x, words, p, bounds, encode_ro
             row += entry
         else:
             row += size
-            x, p = _push_escape(x, entry, size, words, p)
+            x, p = _push_escape(x, entry, size, bounds[t, 3], words, p)
         reciprocal, packed = encode_rows[row] & 0xFFFFFFFF, encode_rows[row] >> 32
         freq = packed & _MASK
         if x >= freq << (32 - PRECISION):
@@ -118,16 +129,16 @@ def encode_symbols(symbols, indexes, first, last, x, words, p, bounds, encode_ro
 
 
 @compiled
-def _push_escape(x, entry, size, words, p):
-    # As the decoder meets it: as many zeros as the number has bits after its leading one, the one, those bits.
-    number = (2 * (entry - size) if entry >= size else -2 * entry - 1) + 1
+def _push_escape(x, entry, size, order, words, p):
+    # As the decoder meets it: a zero for each bit after the leading one but `order`, the one, those bits.
+    number = (2 * (entry - size) if entry >= size else -2 * entry - 1) + (1 << order)
     bits = 0
     while number >> (bits + 1):
         bits += 1
     for k in range(bits):
         x, p = push_bits(x, number >> k & 1, 1, words, p)
     x, p = push_bits(x, 1, 1, words, p)
-    for _ in range(bits):
+    for _ in range(bits - order):
         x, p = push_bits(x, 0, 1, words, p)
     return x, p
 
@@ -157,7 +168,7 @@ def decode_symbols(words, count, p, x, indexes, symbols, first, last, bounds, fr
             x = x << 16 | np.int64(words[p])
             p += 1
         if escaped:
-            x, entry, p = _pop_escape(x, bounds[t, 1], words, count, p)
+            x, entry, p = _pop_escape(x, bounds[t, 1], bounds[t, 3], words, count, p)
             value = bounds[t, 0] + entry
             if p < 0 or value < -(1 << 31) or value >= 1 << 31:
                 return x, -1
@@ -178,20 +189,20 @@ def _row_of_slot(slot, start, size, cumulative):
 
 
 @compiled
-def _pop_escape(x, size, words, count, p):
-    bits = 0
+def _pop_escape(x, size, order, words, count, p):
+    bits = order
     while True:
         x, bit, p = pop_bits(x, 1, words, count, p)
         if bit:
             break
         bits += 1
-        if bits > _ESCAPE_ZEROS_MAX:
+        if bits > _ESCAPE_BITS_MAX:
             return x, 0, -1
     number = 1
     for _ in range(bits):
         x, bit, p = pop_bits(x, 1, words, count, p)
         number = number << 1 | bit
-    number -= 1
+    number -= 1 << order
     return x, (-((number + 1) >> 1) if number & 1 else size + (number >> 1)), p
 
 

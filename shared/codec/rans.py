@@ -4,19 +4,19 @@
     chunk     head (0 to 2 bytes), words (uint16 each), all little-endian
 
 Symbols with an index below `skip_below` are not in the stream; they are 0. The n others are cut into equal chunks (the
-last may be shorter), 1 to 4 by their number, so that cores can share a frame; chunks know nothing of each other.
+last may be shorter), 2 from 2^19 and 4 from 2^22, so that cores can share a frame. Chunks know nothing of each other.
 
 A state x codes a symbol of frequency f and cumulative frequency c, of a table whose total is 2^14, by
 
     x -> (x // f) 2^14 + x % f + c,    first giving its low word to the stream where x >= f 2^18
 
 which keeps it in [2^16, 2^32). The decoder undoes it, last coded first, and takes a word in where x < 2^16 and there is
-one left. Raw bits (of escapes: an Exp-Golomb code of order 0 of `shared.codec.tables.escape_value`) use the same state
-as symbols of frequency 2^(32 - bits) would.
+one left. Raw bits (of escapes: `tables.escape_value` in an Exp-Golomb code of `tables.escape_order`) use the same
+state, as equally frequent symbols.
 
-**One state** begins at 0, below its interval: up to the first word nothing is lost to the interval. The head is the
-final state's upper half without leading zero bytes. That costs 2 bytes above the ideal code length; but one state is
-one chain of operations, each waiting for the last.
+**One state** begins at 0x5A17, below its interval: smaller states code less exactly, larger ones only cost more. The
+head is the final state's upper half without leading zero bytes. That costs 2 bytes above the ideal code length; but one
+state is one chain of operations, each waiting for the last.
 
 **32 states**, symbol i in state i mod 32, are stepped sixteen at once. An encoder may use them in chunks of 2^15
 symbols or more; this one does as soon as one state has made 2 kB of words. Their flush is not paid: the last symbols,
@@ -27,7 +27,8 @@ That leaves 20 bytes instead of 124.
 
 A chunk of 2^15 symbols or more has one more bit put last, whether it has 32 states.
 
-A decoded chunk must end with a state of 0 and with every word used, or it is not what an encoder made.
+A decoded chunk must end with state 0x5A17 and with every word used, or it is not what an encoder made. A chunk of no
+symbols is no bytes.
 """
 
 from concurrent.futures import Executor
@@ -37,13 +38,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.codec import kernels
-from shared.codec.chunks import decode_chunk, encode_chunk
+from shared.codec.chunks import START, decode_chunk, encode_chunk
 from shared.codec.lanes import WIDTH
-from shared.codec.tables import EntropyTables
+from shared.codec.tables import EntropyTables, from_pmfs
 from shared.errors import InvalidBitstream
-
-_CHUNK = 1 << 18  # symbols; a frame of more is cut
-_MAX_CHUNKS = 4
 
 
 def encode(
@@ -104,6 +102,13 @@ def decode(
     return out
 
 
+def warm_up() -> None:
+    """Compile the kernels, or load them from Numba's cache: seconds or tenths of one, else spent on the first frame."""
+    tables = from_pmfs([np.array([1.0])], [0])
+    zero = np.zeros(1, np.uint8)
+    decode(encode(zero.astype(np.int32), zero, tables, 1), zero, tables, 1)
+
+
 def _checked(indexes: NDArray[np.uint8], tables: EntropyTables) -> NDArray[np.uint8]:
     if indexes.dtype != np.uint8 or indexes.ndim != 1:
         raise ValueError(f"expected indexes as uint8 [n], got {indexes.dtype} {list(indexes.shape)}")
@@ -113,12 +118,14 @@ def _checked(indexes: NDArray[np.uint8], tables: EntropyTables) -> NDArray[np.ui
 
 
 def _chunks(n: int) -> list[slice]:
-    number = min(max(n // _CHUNK, 1), _MAX_CHUNKS)
+    number = 1 if n < 1 << 19 else 2 if n < 1 << 22 else 4
     size = -(-n // number)
     return [slice(first, last) for first, last in pairwise([*(size * k for k in range(number)), n])]
 
 
 def _encode_chunk(symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables: EntropyTables) -> bytes:
+    if not len(symbols):
+        return b""
     look = tables.lookup
     room = len(symbols) + 4 * kernels.WORDS_PAD  # 14 bits each and what the states hold, if none is an escape
     while True:
@@ -131,6 +138,8 @@ def _encode_chunk(symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables
 
 
 def _decode_chunk(data: bytes, indexes: NDArray[np.uint8], symbols: NDArray[np.int32], tables: EntropyTables) -> None:
+    if not len(indexes) and not data:
+        return
     look = tables.lookup
     head = 2 - len(data) % 2 if data else 0
     x, count = int.from_bytes(data[:head], "little"), (len(data) - head) // 2
@@ -142,10 +151,10 @@ def _decode_chunk(data: bytes, indexes: NDArray[np.uint8], symbols: NDArray[np.i
         words, count, x, indexes, symbols, look.bounds, look.freqs, look.cumulative,
         look.first_wide, look.buckets, look.decode_tables, look.decode_rows,
     )  # fmt: skip
-    if left != 0 or p != 0:
+    if left != START or p != 0:
+        what = "an escape or a state that no encoder writes" if p < 0 else f"state {left:#x} and {p} words left"
         raise InvalidBitstream(
-            f"expected {len(indexes)} symbols to use up all of a stream of {len(data)} bytes and to leave state 0, got "
-            + ("one that is not coded by these tables" if p < 0 else f"state {left} and {p} words left")
+            f"expected {len(indexes)} symbols to use up {len(data)} bytes and leave state {START:#x}, got {what}"
         )
 
 

@@ -10,6 +10,7 @@ from shared.codec.tables import EntropyTables
 BITS = 14
 LOW = 1 << 16
 LANES = 32
+START = 0x5A17
 
 
 def encode(symbols: Sequence[int], indexes: Sequence[int], tables: EntropyTables, skip_below: int = 0) -> bytes:
@@ -40,14 +41,16 @@ def decode(data: bytes, indexes: Sequence[int], tables: EntropyTables, skip_belo
 
 
 def _cut(items: list) -> list[list]:
-    number = min(max(len(items) // 2**18, 1), 4)
+    number = 4 if len(items) >= 2**22 else 2 if len(items) >= 2**19 else 1
     size = -(-len(items) // number)
     return [items[k * size : (k + 1) * size] for k in range(number)]
 
 
 def _encode_chunk(pairs: list[tuple[int, int]], tables: EntropyTables) -> bytes:
     words: list[int] = []
-    x, left = 0, len(pairs)
+    if not pairs:
+        return b""
+    x, left = START, len(pairs)
     while left and not (len(pairs) >= 2**15 and left >= 2**13 and left % 1024 == 0 and len(words) >= 1024):
         left -= 1
         x = _put_symbol(x, *pairs[left], tables, words)
@@ -76,8 +79,9 @@ def _put_symbol(x: int, symbol: int, t: int, tables: EntropyTables, words: list[
     entry = symbol - int(tables.offsets[t])
     escape = len(freqs) - 1
     if not 0 <= entry < escape:
-        number = 1 + (2 * (entry - escape) if entry >= escape else -2 * entry - 1)
-        bits = "0" * (number.bit_length() - 1) + f"{number:b}"
+        order = max(0, escape.bit_length() - 5)
+        number = (1 << order) + (2 * (entry - escape) if entry >= escape else -2 * entry - 1)
+        bits = "0" * (number.bit_length() - 1 - order) + f"{number:b}"
         for bit in reversed(bits):
             x = _put_bits(x, int(bit), 1, words)
         entry = escape
@@ -125,18 +129,20 @@ class _Reader:
         self.fill()
         escape = len(freqs) - 1
         if entry == escape:
-            zeros = 0
+            order = bits = max(0, escape.bit_length() - 5)
             while not self.bits(1):
-                zeros += 1
+                bits += 1
             number = 1
-            for _ in range(zeros):
+            for _ in range(bits):
                 number = 2 * number + self.bits(1)
-            number -= 1
+            number -= 1 << order
             entry = escape + number // 2 if number % 2 == 0 else -(number + 1) // 2
         return int(tables.offsets[t]) + entry
 
 
 def _decode_chunk(data: bytes, indexes: list[int], tables: EntropyTables) -> list[int]:
+    if not data and not indexes:
+        return []
     head = (2 if len(data) % 2 == 0 else 1) if data else 0
     words = [int.from_bytes(data[k : k + 2], "little") for k in range(head, len(data), 2)]
     reader = _Reader(int.from_bytes(data[:head], "little"), words)
@@ -152,7 +158,7 @@ def _decode_chunk(data: bytes, indexes: list[int], tables: EntropyTables) -> lis
         symbols = [lanes[i % LANES].symbol(indexes[i], tables) for i in range(body)]
         reader = _Reader(lanes[0].x, [lane.x - LOW for lane in lanes[1:]] + words)
     symbols += [reader.symbol(t, tables) for t in indexes[body:]]
-    if reader.x or reader.words:
+    if reader.x != START or reader.words:
         raise ValueError(f"state {reader.x} and {len(reader.words)} words left")
     return symbols
 
