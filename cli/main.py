@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from cli import compress, detect, info, services
+from cli import compress, detect, info, services, training
 from cli.demo import command as demo
+from cli.flags import PASS_ON
 from shared.errors import InvalidQuality, InvalidSettings, SightlineError
 
 # What an installation without an extra lacks -> the extra that brings it.
@@ -60,8 +61,14 @@ app.command("decompress", rich_help_panel="Pictures")(compress.decompress)
 app.command("detect", rich_help_panel="Pictures")(detect.detect)
 app.command("info", rich_help_panel="Pictures")(info.info)
 app.command("demo", rich_help_panel="Start here")(demo.demo)
-app.command("edge", rich_help_panel="Services", context_settings=services.PASS_ON)(services.edge)
-app.command("cloud", rich_help_panel="Services", context_settings=services.PASS_ON)(services.cloud)
+app.command("edge", rich_help_panel="Services", context_settings=PASS_ON)(services.edge)
+app.command("cloud", rich_help_panel="Services", context_settings=PASS_ON)(services.cloud)
+
+train = typer.Typer(no_args_is_help=True)
+train.command("codec", context_settings=PASS_ON)(training.codec)
+train.command("task", context_settings=PASS_ON)(training.task)
+app.add_typer(train, name="train", rich_help_panel="Training", help="Train a codec or a task network.")
+app.command("evaluate", rich_help_panel="Training", context_settings=PASS_ON)(training.evaluate)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.services import run
+from cli.services import run_service
 from cloud.settings import CloudSettings
 from shared.errors import InvalidSettings
 from tests.cli.conftest import Sightline
@@ -18,7 +18,7 @@ def settings_from(*arguments: str) -> CloudSettings:
         started.append(settings)
 
     with pytest.raises(SystemExit) as end:
-        run(CloudSettings, serve, arguments, "sightline cloud", "Run the cloud service.")
+        run_service(CloudSettings, serve, arguments, "Run the cloud service.")
     assert end.value.code == 0
     return started[0]
 
