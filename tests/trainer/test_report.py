@@ -20,7 +20,7 @@ from trainer.evaluation.accuracy import Metric
 from trainer.evaluation.anchors import Anchor, anchor_by_name
 from trainer.evaluation.coded_store import CodedStore
 from trainer.evaluation.evaluate import EvaluateSettings, Evaluation, evaluate
-from trainer.evaluation.examples import examples_of, save_panel
+from trainer.evaluation.examples import JPEG_QUALITIES, VVC_QPS, examples_of, save_panel
 from trainer.evaluation.series import AnchorSeries
 
 NETWORK = "faster-rcnn-mobilenetv2"
@@ -209,7 +209,7 @@ def test_the_highest_quality_is_compared_with_the_original_files(evaluation: Eva
 
 def test_examples_cost_no_more_than_sightlines(evaluation: Evaluation, tmp_path: Path, codec) -> None:
     picture = evaluation.pictures.pictures[0].path
-    rivals = [(anchor_by_name("jpeg"), range(95, 4, -1)), (anchor_by_name("vvc:faster"), range(20, 64))]
+    rivals = [(anchor_by_name("jpeg"), JPEG_QUALITIES), (anchor_by_name("vvc:faster"), VVC_QPS)]
     row = examples_of(picture, codec, 4.0, rivals)
     assert [e.label.split()[0] for e in row] == ["original", "jpeg", "vvc-faster", "Sightline"]
     assert all(0.5 * row[-1].bits < e.bits <= row[-1].bits for e in row[1:3])
@@ -225,11 +225,15 @@ def test_settings_that_cannot_work_are_refused(settings: EvaluateSettings) -> No
         replace(settings, tasks=())
     with pytest.raises(InvalidSettings, match="workers"):
         replace(settings, workers=0)
+    with pytest.raises(InvalidSettings, match="not both"):
+        replace(settings, image_ids=(1,), image_list=Path("ids.json"))
 
 
 def test_errors_come_before_the_first_picture(settings: EvaluateSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInput, match=r"gone\.json"):
         evaluate(replace(settings, annotations=settings.out_dir / "gone.json"))
+    with pytest.raises(InvalidSettings, match=r"image_list: .*lost\.json"):
+        evaluate(replace(settings, image_list=settings.out_dir / "lost.json"))
     with pytest.raises(InvalidSettings, match="anchor must be"):
         evaluate(replace(settings, anchors=("vp9",)))
     monkeypatch.setattr(anchors, "ffmpeg_program", lambda: ("ffmpeg", "ffmpeg version 4", frozenset({"libx264"})))

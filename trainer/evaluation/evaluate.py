@@ -7,6 +7,7 @@ Anchors are encoded once ever (`coded_store`), detections once a network and dec
 under `cache_dir`, so a killed run goes on and a second one is post-processing.
 """
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from trainer.evaluation.coded_store import CodedStore, Job, encode_jobs
 from trainer.evaluation.comparison import Comparison, Point, TopCheck, check_top, compare
 from trainer.evaluation.detections import DetectionStore, detect
 from trainer.evaluation.evaluation_set import EvaluationSet, load_set
+from trainer.evaluation.examples import JPEG_QUALITIES, VVC_QPS, examples_of, save_panel
 from trainer.evaluation.series import (
     AnchorSeries,
     Cost,
@@ -42,12 +44,21 @@ ANCHORS = ("jpeg", "hevc", "av1", "vvc")
 
 @dataclass(frozen=True, slots=True)
 class EvaluateSettings:
-    """What to evaluate. `tasks`: networks trained through; `witnesses`: networks that took no part in training or
-    choice; both by the names `load_task` takes. `codecs`: bundle names or folders. `anchors`: see `anchor_by_name`.
+    """What to evaluate and on what.
 
-    `images_dir`, `annotations`: a COCO-format set; or `cityscapes`: the root of Cityscapes' own layout.
-    `image_ids`: only these pictures. `encode_missing`: False uses only those anchor points that are stored for every
-    picture already. `draws`: of the bootstrap.
+    `out_dir`: the folder for tables, plots and report. `cache_dir`: the folder that keeps encoded anchors and
+    detections from run to run. `codecs`: names of bundled codecs or folders of bundles. `tasks`: networks that the
+    codecs were trained through, by name, bundle folder or ONNX path. `witnesses`: networks that took no part in
+    training or choice, likewise. `images_dir`: the folder of a COCO-format set's pictures. `annotations`: its
+    annotations. `cityscapes`: the root of Cityscapes instead, in its own layout. `cityscapes_split`: train, val or
+    test. `cityscapes_labels`: coco for networks with COCO's label space, cityscapes for the eight thing classes
+    numbered from 1. `image_ids`: only these pictures of a COCO-format set. `image_list`: only the pictures in this
+    JSON file, a list of ids or an object with "image_ids". `anchors`: jpeg, hevc[:PRESET], av1[:CPU_USED],
+    vvc[:PRESET]. `qualities`: the codecs' points, 1 to 8. `workers`: encoders and decoders at a time. `draws`:
+    resampled sets of pictures for the intervals. `encode_missing`: whether anchors' points that the cache lacks are
+    encoded; otherwise only points that it has for every picture are used. `device`: where networks and codecs run,
+    cpu or cuda. `examples`: photographs that may be passed on, to be shown as each codec leaves them at equal bits.
+    `example_quality`: of the codec in them.
     """
 
     out_dir: Path
@@ -61,18 +72,23 @@ class EvaluateSettings:
     cityscapes_split: str = "val"
     cityscapes_labels: LabelSpace = "coco"
     image_ids: tuple[int, ...] | None = None
+    image_list: Path | None = None
     anchors: tuple[str, ...] = ANCHORS
     qualities: tuple[float, ...] = QUALITIES
     workers: int = 2
     draws: int = 500
     encode_missing: bool = True
     device: str = "cpu"
+    examples: tuple[Path, ...] = ()
+    example_quality: float = 2.0
 
     def __post_init__(self) -> None:
         if (self.cityscapes is None) == (self.images_dir is None or self.annotations is None):
             raise InvalidSettings("evaluate: give either images_dir and annotations, or cityscapes")
         if not self.tasks and not self.witnesses:
             raise InvalidSettings("evaluate: tasks: at least one network is needed")
+        if self.image_ids is not None and self.image_list is not None:
+            raise InvalidSettings("evaluate: give image_ids or image_list, not both")
         if self.workers < 1 or self.draws < 1:
             raise InvalidSettings(f"evaluate: workers and draws must be positive, got {self.workers}, {self.draws}")
 
@@ -127,6 +143,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         controls = [UnquantisedSeries(f"sightline-{n}-unquantised", codec) for n, codec in codecs.items()]
         every: list[Series] = [OriginalSeries(), *sightline, *controls, *anchors]
         points = _measure(every, tasks, pictures, settings, progress)
+    if settings.examples:
+        _show_examples(settings, codecs, tasks[0])
     series, rivals = tuple(s.name for s in sightline), tuple(a.name for a in anchors)
     results = []
     for index, (name, task_points) in enumerate(zip(names, points, strict=True)):
@@ -158,7 +176,26 @@ def _load_set(settings: EvaluateSettings) -> EvaluationSet:
         return load_cityscapes(settings.cityscapes, settings.cityscapes_split, labels=settings.cityscapes_labels)
     if settings.images_dir is None or settings.annotations is None:
         raise InvalidSettings("evaluate: give images_dir and annotations")
-    return load_set(settings.images_dir, settings.annotations, settings.image_ids)
+    ids = settings.image_ids if settings.image_list is None else _read_ids(settings.image_list)
+    return load_set(settings.images_dir, settings.annotations, ids)
+
+
+def _read_ids(path: Path) -> tuple[int, ...]:
+    try:
+        document = json.loads(path.read_bytes())
+        return tuple(int(i) for i in (document["image_ids"] if isinstance(document, dict) else document))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidSettings(f"evaluate: image_list: {path} is not a JSON list of image ids: {error!r}") from error
+
+
+def _show_examples(settings: EvaluateSettings, codecs: dict[str, Codec], task: TaskModel) -> None:
+    """One panel a codec: each photograph by JPEG and the run's VVC at no more bits than Sightline's."""
+    rivals = [(anchor_by_name(n), JPEG_QUALITIES if n == "jpeg" else VVC_QPS)
+              for n in settings.anchors if n.startswith(("jpeg", "vvc"))]  # fmt: skip
+    settings.out_dir.mkdir(parents=True, exist_ok=True)
+    for name, codec in codecs.items():
+        rows = [examples_of(picture, codec, settings.example_quality, rivals) for picture in settings.examples]
+        save_panel(rows, task, settings.out_dir / f"examples-{name}.jpg")
 
 
 def _load_codec(name: str, device: str) -> Codec:

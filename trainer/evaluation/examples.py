@@ -19,6 +19,8 @@ from trainer.evaluation.anchors import Anchor, Point, Rgb
 from trainer.evaluation.pictures import read_rgb
 
 SHOWN_SCORE = 0.5
+JPEG_QUALITIES = range(95, 0, -1)  # fine to coarse
+VVC_QPS = range(20, 64)
 
 
 @dataclass(frozen=True, slots=True)

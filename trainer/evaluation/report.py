@@ -29,8 +29,8 @@ def write(evaluation: Evaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "results.json", json.dumps(as_json(evaluation), indent=1, allow_nan=False).encode())
     write_atomically(folder / "results.csv", as_csv(evaluation).encode())
-    plots = plot_all(evaluation, folder)
-    write_atomically(folder / "report.md", as_markdown(evaluation, [plot.name for plot in plots]).encode())
+    pictures = [*plot_all(evaluation, folder), *sorted(folder.glob("examples-*.jpg"))]
+    write_atomically(folder / "report.md", as_markdown(evaluation, [picture.name for picture in pictures]).encode())
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _ends(interval: Interval) -> list[float | None]:
     return [_number(interval.low), _number(interval.high)]
 
 
-def as_markdown(evaluation: Evaluation, plots: list[str]) -> str:
+def as_markdown(evaluation: Evaluation, pictures: list[str]) -> str:
     """The report for readers."""
     count = len(evaluation.pictures.pictures)
     lines = [
@@ -171,7 +171,7 @@ def as_markdown(evaluation: Evaluation, plots: list[str]) -> str:
     lines += _bd_table(evaluation)
     for result in evaluation.results:
         lines += _network(result)
-    lines += ["## Plots", "", *[f"![{name}]({name})" for name in plots], ""]
+    lines += ["## Pictures", "", *[f"![{name}]({name})" for name in pictures], ""]
     return "\n".join(lines)
 
 
