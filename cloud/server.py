@@ -90,7 +90,7 @@ async def _run(
         server.announce(log_id=log.log_id, models=sorted(inference.codecs), tasks=list(inference.tasks))
 
         await stop.wait()
-        last_events = asyncio.create_task(_end_subscriptions(server, ingest, pipeline, detection))
+        last_events = asyncio.create_task(end_subscriptions(server, ingest, pipeline, detection))
         await server.drain()
         last_events.cancel()
         await asyncio.gather(last_events, return_exceptions=True)
@@ -101,7 +101,7 @@ async def _run(
     _log.info("stopped")
 
 
-async def _end_subscriptions(
+async def end_subscriptions(
     server: Server, ingest: IngestService, pipeline: Pipeline, detection: DetectionService
 ) -> None:
     """Once the last upload is answered, lets consumers have what was logged, and go."""
