@@ -41,9 +41,16 @@ CHECKPOINT_SIZES = 5  # weights, their average and AdamW's two moments, and room
 
 @dataclass(frozen=True, slots=True)
 class TaskTraining:
-    """Settings of a run. Exactly one of `steps` and `minutes` bounds it; learning rates follow a cosine over it.
+    """How long and how fast a run trains. Exactly one of `steps` and `minutes` bounds it.
 
-    `only`: train just the parameters whose names start so ("roi_heads.mask" for a mask head on a finished network).
+    `steps`: optimiser steps. `minutes`: wall clock; learning rates follow a cosine over either. `batch_size`: images
+    a step. `trunk_rate`, `head_rate`: AdamW's highest learning rates. `weight_decay`: AdamW's, not for biases and
+    norms. `warmup_steps`: steps of rising rates. `ema_decay`: of the weights' average, which is what is exported.
+    `rare_class_threshold`: share of images below which a class is rare and its images are drawn more often.
+    `cache_bytes`: bound on features kept in memory. `checkpoint_seconds`: time between checkpoints.
+    `evaluate_seconds`: time between measurements on the images held out. `only`: train just the parameters whose names
+    start so ("roi_heads.mask" for a mask head on a finished network). `device`: torch's name. `seed`: of everything
+    random.
     """
 
     steps: int | None = None

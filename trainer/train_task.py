@@ -36,14 +36,15 @@ from trainer.tasknet import CHECKPOINT, TaskTraining, fit, start_from_boxes, sta
 
 @dataclass(frozen=True, slots=True)
 class TrainTaskSettings:
-    """What `train_task` does.
+    """What to train, on what, and from where.
 
-    `out`: folder of the run. `images`, `annotations`: folder of pictures and their COCO-format file. `training`: how
-    long and how fast. `network`: one of `trainable_networks()`. `start_from`: None for the network as it ships (the
-    bundled one; torchvision's published weights), "random", a bundle (name or folder), or a file: a checkpoint of the
-    network, or for the bundled ones ImageNet's MobileNetV2. A Mask R-CNN takes a Faster R-CNN's bundle too.
-    `name`: the bundle's name, the network's if None. `held_out`: share of the images that is not trained on but
-    measured; 0 for no measurement. `resume`: go on from the checkpoint in `out`. `threads`: 0 for torch's choice.
+    `out`: folder of the run. `images`: folder of pictures. `annotations`: COCO-format file for them. `training`: how
+    long and how fast. `network`: faster-rcnn-mobilenetv2, mask-rcnn-mobilenetv2 or a detector of torchvision.
+    `start_from`: "random", a bundle (name or folder), or a file, which is a checkpoint of the network, or for the
+    bundled ones ImageNet's MobileNetV2; a Mask R-CNN takes a Faster R-CNN's bundle too; without it training starts
+    from the network as it ships, the bundled one or torchvision's published weights. `name`: the bundle's name,
+    without it the network's. `held_out`: share of the images that is not trained on but measured, 0 for no
+    measurement. `resume`: go on from the checkpoint in the run's folder. `threads`: CPU threads, 0 for torch's choice.
     """
 
     out: Path
@@ -141,6 +142,8 @@ def split_examples(settings: TrainTaskSettings) -> tuple[list[Example], list[Exa
     trained = [e for e in examples if e.image_id not in held]
     # a picture of nothing but a crowd teaches nothing; one without any object teaches the background
     useful = [e for e in trained if len(e.boxes) or not len(e.ignore)]
+    if settings.training.only.startswith("roi_heads.mask"):
+        useful = [e for e in useful if any(segment is not None for segment in e.segments)]
     if not any(len(e.boxes) for e in useful):
         raise InvalidInput(f"{settings.annotations}: none of the {len(trained)} images to train on has an object")
     return useful, [e for e in examples if e.image_id in held]
