@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import compress, detect, info, services, training
+from cli import bench, compress, detect, info, services, training
 from cli.demo import command as demo
 from cli.flags import PASS_ON
 from shared.errors import InvalidQuality, InvalidSettings, SightlineError
@@ -67,8 +67,9 @@ app.command("cloud", rich_help_panel="Services", context_settings=PASS_ON)(servi
 train = typer.Typer(no_args_is_help=True)
 train.command("codec", context_settings=PASS_ON)(training.codec)
 train.command("task", context_settings=PASS_ON)(training.task)
-app.add_typer(train, name="train", rich_help_panel="Training", help="Train a codec or a task network.")
-app.command("evaluate", rich_help_panel="Training", context_settings=PASS_ON)(training.evaluate)
+app.add_typer(train, name="train", rich_help_panel="Train and measure", help="Train a codec or a task network.")
+app.command("evaluate", rich_help_panel="Train and measure", context_settings=PASS_ON)(training.evaluate)
+app.command("bench", rich_help_panel="Train and measure", context_settings=PASS_ON)(bench.bench)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -161,7 +161,8 @@ def boxes(picture: Picture, found: Sequence[Found], name: str) -> str:
     labels: list[tuple[float, float, float, float]] = []
     for i in sorted(range(len(found)), key=lambda i: -area(found[i].box)):
         corner, label = free_corner(picture, found[i], labels)
-        labels.append(label)
+        if label:
+            labels.append(label)
         left, top, right, bottom = found[i].box
         place = (
             f"left:{100 * left / picture.width:.2f}%;top:{100 * top / picture.height:.2f}%;"
@@ -179,9 +180,10 @@ def area(box: tuple[float, float, float, float]) -> float:
 
 def free_corner(
     picture: Picture, found: Found, taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[str, tuple[float, float, float, float]]:
+) -> tuple[str, tuple[float, float, float, float] | None]:
     """Corner (tl, tr, bl, br) of a box and the label's rectangle there: the first inside the picture that covers no
-    label of `taken`, else the first. Measured for a picture shown PANEL_WIDTH pixels wide."""
+    label of `taken`; without a free one, "none" and no rectangle: the label is shown when the object is pointed at in
+    the list. Measured for a picture shown PANEL_WIDTH pixels wide."""
     unit = picture.width / PANEL_WIDTH
     wide, high = (12 + 7 * len(found.label)) * unit, 20 * unit
     left, top, right, bottom = found.box
@@ -195,7 +197,7 @@ def free_corner(
         inside = label[0] >= -unit and label[2] <= picture.width + unit
         if inside and not any(overlap(label, other) for other in taken):
             return corner, label
-    return "tl", corners["tl"]
+    return "none", None
 
 
 def objects(picture: Picture, coded: Coded, name: str) -> str:

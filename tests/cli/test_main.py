@@ -9,7 +9,7 @@ import pytest
 from tests.cli.conftest import Sightline
 
 HEAVY = ("torch", "torchvision", "grpc", "numpy", "PIL", "pydantic_settings", "supervision", "lightning", "compressai")
-COMMANDS = ("compress", "decompress", "detect", "info", "demo", "edge", "cloud")
+COMMANDS = ("compress", "decompress", "detect", "info", "demo", "edge", "cloud", "evaluate", "bench")
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -71,6 +71,17 @@ def test_a_missing_extra_is_named_with_its_remedy(
     assert ended.code == 1
     assert "needs the package torchvision" in ended.err
     assert "pip install 'sightline[cloud]'" in ended.err
+
+
+def test_benchmarks_are_listed_and_run_with_their_own_flags(sightline: Sightline) -> None:
+    listed = sightline("bench")
+    assert listed.code == 0
+    assert "corruption" in listed.out
+    assert "sightline bench corruption" in sightline("bench", "corruption", "--help").out
+    assert sightline("bench", "corruption", "--loud").code == 2
+    ended = sightline("bench", "nothing-like-it")
+    assert ended.code == 2
+    assert "corruption" in ended.err
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(sightline: Sightline, tmp_path: Path) -> None:
