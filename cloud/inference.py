@@ -21,6 +21,7 @@ import torch
 from cloud.batching import Batcher, BatchLimits
 from cloud.metrics import CloudMetrics
 from cloud.tasks.types import Detections, TaskModel
+from shared.codec import bitstream as bits
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame, Symbols
 from shared.errors import InvalidInput, Overloaded, UnknownModel
@@ -118,6 +119,9 @@ class Inference:
         InvalidInput for an unknown task, Overloaded where there is no room.
         """
         self.require_model(bitstream.model_id)
+        codec = self.codecs[bitstream.model_id]
+        coded_as = codec.latent_shape(bitstream.height, bitstream.width)
+        bits.check_streams(bitstream, codec.tables_z, coded_as.z, coded_as.y)  # before anything of that size is made
         if unknown := [name for name in tasks if name not in self.tasks]:
             raise InvalidInput(f"no task {unknown[0]!r} here, there are: {', '.join(self.tasks)}")
         job = _Job(bitstream, tuple(tasks), expires_unix_us)

@@ -27,7 +27,15 @@ from cloud.metrics import CloudMetrics
 from cloud.quarantine import Quarantine
 from shared.codec import bitstream as bits
 from shared.codec.types import Bitstream
-from shared.errors import CursorExpired, InvalidBitstream, Overloaded, TooLarge, Unavailable, UnknownModel
+from shared.errors import (
+    CursorExpired,
+    InvalidBitstream,
+    Overloaded,
+    SymbolsMismatch,
+    TooLarge,
+    Unavailable,
+    UnknownModel,
+)
 from shared.logs import facts
 
 _log = logging.getLogger("sightline.cloud.pipeline")
@@ -224,6 +232,8 @@ class Pipeline:
                     frame.name.camera, frame.bitstream, self.tasks, expires_unix_us=frame.expires_us
                 )
                 return None if inferred is None else await self._detections_event(frame, inferred)
+            except SymbolsMismatch as error:
+                raise _Rejected(ingest_pb2.REJECT_REASON_SYMBOLS_CRC, str(error)) from error
             except InvalidBitstream as error:
                 raise _Rejected(ingest_pb2.REJECT_REASON_INVALID_BITSTREAM, str(error)) from error
             except (Overloaded, UnknownModel):

@@ -5,6 +5,7 @@
     |  |- InvalidImage                                      not an image, truncated, zero-size, wrong raw length
     |  |- InvalidQuality                                    outside [1, 8]
     |  |- InvalidBitstream                                  corrupt, truncated or inconsistent
+    |  |  `- SymbolsMismatch                                decoded to other symbols than were encoded
     |  `- InvalidSettings                                   a field of the configuration
     |- TooLarge                        RESOURCE_EXHAUSTED   over a limit on pixels or bytes, refused before work
     |- Overloaded                      RESOURCE_EXHAUSTED   right input, no room now; try again later
@@ -42,6 +43,10 @@ class InvalidQuality(InvalidInput):
 
 
 class InvalidBitstream(InvalidInput):
+    pass
+
+
+class SymbolsMismatch(InvalidBitstream):
     pass
 
 

@@ -31,7 +31,7 @@ from shared.codec.transforms import (
     interpolate_levels,
 )
 from shared.codec.types import QUALITY_MAX, QUALITY_MIN, Bitstream, Frame, Symbols, quality_to_steps
-from shared.errors import InvalidBitstream, InvalidBundle, NumericalError, UnknownModel
+from shared.errors import InvalidBitstream, InvalidBundle, NumericalError, SymbolsMismatch, UnknownModel
 
 _Transform = TypeVar("_Transform", AnalysisTransform, HyperAnalysisTransform, SynthesisTransform)
 
@@ -180,7 +180,7 @@ class Codec:
         symbols = symbols.reshape(shape.y)
         crc = bits.symbols_crc(bitstream.quality, bitstream.height, bitstream.width, z_hat, symbols)
         if check and crc != bitstream.symbols_crc:
-            raise InvalidBitstream(
+            raise SymbolsMismatch(
                 f"decoded symbols have CRC-32C {crc:08x}, expected {bitstream.symbols_crc:08x}: damaged stream, or "
                 "encoder and decoder differ in tables or arithmetic"
             )

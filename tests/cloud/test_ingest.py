@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import resource
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -148,6 +149,7 @@ async def test_a_corrupt_frame_is_rejected_logged_and_kept_and_the_next_one_is_s
         ({"hyper": b""}, "INVALID_BITSTREAM"),
         ({"latents": b"\xff" * 3000}, "INVALID_BITSTREAM"),
         ({"width": 128, "height": 128}, "INVALID_BITSTREAM"),  # the streams are those of another size
+        ({"symbols_crc": 7}, "SYMBOLS_CRC"),
     ],
 )
 async def test_what_no_encoder_writes_is_rejected_with_its_reason(
@@ -164,6 +166,19 @@ async def test_what_no_encoder_writes_is_rejected_with_its_reason(
         common_pb2.OUTCOME_REJECTED,
         common_pb2.OUTCOME_DETECTIONS,
     ]
+
+
+async def test_a_huge_size_over_tiny_streams_is_rejected_before_anything_of_that_size_is_made(
+    cloud: RunningCloud, spot: Bitstream
+) -> None:
+    forged = dataclasses.replace(spot, width=8192, height=8192)
+    async with cloud.edge() as edge:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for seq in range(20):
+            ack = await edge.deliver("gate", seq, forged)
+            assert (ack.state, ack.reject_reason) == (R, ingest_pb2.REJECT_REASON_INVALID_BITSTREAM)
+        grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown_bytes < 64 << 20  # the symbols alone would take 400 MB
 
 
 async def test_a_frame_that_breaks_a_task_model_is_rejected_alone(
