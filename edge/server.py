@@ -14,8 +14,9 @@ import torch
 from prometheus_client import CollectorRegistry
 from sightline.v1 import edge_pb2_grpc
 
+from edge import images
 from edge.engine import Engine
-from edge.images import ImageLimits
+from edge.images import ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
 from edge.service import Defaults, EdgeService
 from edge.settings import EdgeSettings
@@ -24,7 +25,6 @@ from edge.spool_file import Limits
 from edge.uplink import Uplink
 from shared import logs
 from shared.codec.codec import Codec
-from shared.codec.types import Frame
 from shared.errors import InvalidSettings
 from shared.logs import facts
 from shared.rpc import tls
@@ -116,7 +116,8 @@ def _load_codecs(settings: EdgeSettings) -> dict[str, Codec]:
         name = codec.bundle.name
         if name in codecs:
             raise InvalidSettings(f"setting models: two bundles are named {name!r}; expected different ones")
-        codec.encode(Frame(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()), settings.quality)
+        nv12 = RawPicture(PixelFormat.NV12, 64, 64, bytes(64 * 96))
+        codec.encode(images.decode(nv12), settings.quality)
         codecs[name] = codec
     return codecs
 

@@ -178,6 +178,10 @@ class Spool:
                 swept = time.monotonic()
         if self._file is not None:
             self._file.close()
+        while not self._operations.empty():  # what was asked for while it closed
+            operation = self._operations.get()
+            if operation is not None and operation.future.set_running_or_notify_cancel():
+                operation.future.set_exception(Unavailable("the spool is closed"))
 
     def _next_batch(self) -> tuple[list[_Operation[Any]], bool]:
         """Waits for an operation and takes all that came with it; True once the spool is to close."""

@@ -335,13 +335,13 @@ class Receipt(_message.Message):
     bits_per_pixel: _builtins.float
     """8 * coded_bytes / (width * height), in bits per pixel."""
     bitstream: _builtins.bytes
-    """The file form (.slc), where asked for. Not kept for a retry by idempotency token once the cloud has the frame."""
+    """The file form (.slc), where asked for."""
     outcome: _common_pb2.Outcome.ValueType
     """With state PERSISTED: how the frame ended."""
     outcome_reason: _builtins.str
     """With state PERSISTED and an outcome other than DETECTIONS: why, in a sentence."""
     duplicate: _builtins.bool
-    """The idempotency token had been seen before: this receipt is the earlier frame's."""
+    """The idempotency token had been seen before: name, state and outcome are the earlier frame's."""
     @_builtins.property
     def frame(self) -> _common_pb2.FrameName:
         """Its name; not set when state is ENCODED."""
