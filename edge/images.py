@@ -244,8 +244,7 @@ def _decode_raw(picture: RawPicture) -> Frame:
     return Frame(np.ascontiguousarray(rgb[:, :, ::-1]) if picture.pixel_format is PixelFormat.BGR24 else rgb.copy())
 
 
-@numba.njit(nogil=True, cache=True)
-def _nv12_to_rgb(luma: NDArray[np.uint8], chroma: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _convert_nv12(luma: NDArray[np.uint8], chroma: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """uint8 [height, width] and [height * width / 2] to uint8 [height, width, 3]; formula at the head."""
     height, width = luma.shape
     rgb = np.empty((height, width, 3), np.uint8)
@@ -260,3 +259,9 @@ def _nv12_to_rgb(luma: NDArray[np.uint8], chroma: NDArray[np.uint8]) -> NDArray[
             rgb[row, column, 1] = min(max((c - 100 * d - 208 * e) >> 8, 0), 255)
             rgb[row, column, 2] = min(max((c + 516 * d) >> 8, 0), 255)
     return rgb
+
+
+try:
+    _nv12_to_rgb = numba.njit(nogil=True, cache=True)(_convert_nv12)
+except RuntimeError:  # no folder to cache in
+    _nv12_to_rgb = numba.njit(nogil=True)(_convert_nv12)
