@@ -41,6 +41,7 @@ from trainer.settings import TrainSettings, to_toml
 
 QUANTILE_RATE = 1e-3  # the auxiliary loss is convex and apart from the rest; its rate needs no schedule
 CALIBRATION_CROPS = 16
+CALIBRATION_SIDE = 320  # pixels; ranges in small crops would miss what lies away from borders
 
 
 class CodecTraining(LightningModule):
@@ -351,7 +352,8 @@ def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictur
     if best is not None and (path := harvest_path(settings, best)).exists():
         state = read_checkpoint(path)
         load_strictly(codec, state["average"] or state["net"], path)
-    calibration = [torch.from_numpy(crops[i][0]).permute(2, 0, 1).float() / 255 for i in range(CALIBRATION_CROPS)]
+    large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed)
+    calibration = [torch.from_numpy(large[i][0]).permute(2, 0, 1).float() / 255 for i in range(CALIBRATION_CROPS)]
     write_bundle(
         replace(settings, resume=None), codec, calibration, folder,
         pictures=pictures, steps=module.steps_done, elapsed_s=module.elapsed_s, curve=best, device=str(module.device),

@@ -1,0 +1,324 @@
+"""Training a codec end to end, on a handful of photographs and a tiny architecture."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import mobilenet_v2
+
+from cloud.tasks.bundled import BundledRCNN
+from cloud.tasks.checkpoints import state_hash
+from shared.codec.bitstream import from_bytes, to_bytes
+from shared.codec.codec import Codec
+from shared.codec.transforms import Architecture
+from shared.codec.types import Frame
+from shared.errors import InvalidBundle, InvalidImage, InvalidInput, InvalidSettings, NumericalError, Unavailable
+from trainer.checkpoints import read_checkpoint, require_room
+from trainer.crops import CropNumbers, Crops, collate, crop_targets, list_pictures
+from trainer.data import load_coco
+from trainer.model import TrainableCodec
+from trainer.schedule import Schedule
+from trainer.settings import TrainSettings, from_toml, to_toml
+from trainer.train import CodecTraining, train_codec
+
+TINY = Architecture(c4=16, c8=16, c16=16, m=16, z=8, h=8)
+PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
+BOXES = {"astronaut": [60.0, 0.0, 160.0, 256.0], "coffee": [60.0, 20.0, 150.0, 130.0]}
+
+
+@pytest.fixture(scope="session")
+def photograph_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs at half size in COCO's format: `images/` and `annotations.json`."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for number, name in enumerate(PHOTOGRAPHS, start=1):
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
+        picture.save(folder / "images" / f"{name}.png")
+        images.append({"id": number, "file_name": f"{name}.png", "width": picture.width, "height": picture.height})
+        if name in BOXES:
+            annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": BOXES[name], "iscrowd": 0})
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    (folder / "annotations.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MobileNetV2 with random weights: what matters here is that gradients pass."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.safetensors"
+    save_file({k: v.contiguous() for k, v in mobilenet_v2(weights=None).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path, photograph_set: Path, imagenet_weights: Path) -> TrainSettings:
+    return TrainSettings(
+        out=tmp_path / "run",
+        images=photograph_set / "images",
+        network_weights=imagenet_weights,
+        steps=8,
+        crop=64,
+        batch=4,
+        rate=2e-3,
+        balance_every=3,
+        accelerator="cpu",
+        bf16=False,
+        harvest_pictures=2,
+        architecture=TINY,
+        schedule=Schedule(warmup_steps=2),
+    )
+
+
+def test_a_run_from_nothing_lowers_its_loss_and_ends_in_a_bundle_that_codes_pictures(settings: TrainSettings):
+    settings = replace(settings, crop=128)
+    hardly = replace(settings, out=settings.out / "hardly", steps=1)
+    train_codec(hardly)
+    (first,) = read_checkpoint(hardly.out / "last.pt")["curves"]
+    settings = replace(settings, steps=100, harvest_minutes=0.2, bf16=True, name="tiny")
+    folder = train_codec(settings)
+    state = read_checkpoint(settings.out / "last.pt")
+    last = state["curves"][-1]
+    assert last["step"] == 100
+    assert sum(last["distance"]) < 0.5 * sum(first["distance"])
+    assert 0 < len(list(settings.out.glob("harvest-*.pt"))) <= settings.harvest_keep
+
+    codec = Codec.load(folder)
+    frame = Frame(skimage.data.coffee()[:200, :300])
+    small, large = (codec.encode(frame, quality) for quality in (1.0, 8.0))
+    decoded = codec.decode(from_bytes(to_bytes(large), {codec.model_id}))
+    assert len(to_bytes(small)) < len(to_bytes(large))
+    error = np.square(np.asarray(decoded.rgb, np.float64) - frame.rgb).mean()
+    assert error < 0.5 * np.square(frame.rgb - frame.rgb.mean((0, 1))).mean()
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["provenance"]["steps"] == 100
+    assert manifest["provenance"]["data"]["count"] == len(PHOTOGRAPHS)
+    assert manifest["tuning_curve"]["step"] in [c["step"] for c in state["curves"]]
+    assert codec.model_id in (folder / "README.md").read_text()
+    assert from_toml(settings.out / "settings.toml") == settings
+    assert (settings.out / "schedule.png").exists()
+    assert list((settings.out / "tensorboard").iterdir())
+
+
+def test_a_run_goes_on_from_a_bundle(settings: TrainSettings, tmp_path: Path):
+    folder = train_codec(settings)
+    trained = read_checkpoint(settings.out / "last.pt")["net"]
+    again = replace(
+        settings, out=tmp_path / "again", start_from=str(folder), steps=1, rate=1e-9, architecture=None, balance_every=0
+    )
+    train_codec(again)
+    for name, value in read_checkpoint(again.out / "last.pt")["net"].items():
+        torch.testing.assert_close(value, trained[name], rtol=2e-3, atol=2e-3, msg=name)  # weights travel as float16
+
+
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = replace(settings, ema=0.9)
+    train_codec(settings)
+    stopped = replace(settings, out=tmp_path / "stopped")
+    step = CodecTraining.training_step
+
+    def interrupted(self: CodecTraining, batch: Any, index: int) -> None:
+        if self.steps_done == 5:
+            raise KeyboardInterrupt
+        step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CodecTraining, "training_step", interrupted)
+        with pytest.raises(BaseException):  # noqa: B017, PT011 - Lightning turns the interrupt into an exit
+            train_codec(stopped)
+    assert read_checkpoint(stopped.out / "last.pt")["step"] == 5
+    train_codec(replace(stopped, resume=stopped.out / "last.pt"))
+    whole, resumed = (read_checkpoint(s.out / "last.pt") for s in (settings, stopped))
+    assert resumed["step"] == whole["step"] == 8
+    assert resumed["balance"] == whole["balance"]
+    assert resumed["curves"][-1] == whole["curves"][-1]
+    for part in ("net", "average"):
+        for name, value in whole[part].items():
+            assert torch.equal(value, resumed[part][name]), name
+
+
+def test_equal_settings_give_equal_bundles_and_another_seed_another(settings: TrainSettings, tmp_path: Path):
+    settings = replace(settings, steps=3)
+    ids = [
+        Codec.load(train_codec(replace(settings, out=tmp_path / name, seed=seed))).model_id
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_two_processes_train_as_one_does_with_the_same_global_batch(settings: TrainSettings, tmp_path: Path):
+    alone = replace(settings, steps=6, architecture=TINY)
+    train_codec(alone)
+    (tmp_path / "settings.toml").write_text(to_toml(replace(alone, out=tmp_path / "two", devices=2)))
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "from trainer.settings import from_toml\nfrom trainer.train import train_codec\n"
+        "if __name__ == '__main__':\n    train_codec(from_toml(Path(sys.argv[1])))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "settings.toml")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_checkpoint(folder / "last.pt") for folder in (alone.out, tmp_path / "two"))
+    assert two["step"] == one["step"]
+    for key, norm in one["balance"].items():
+        assert two["balance"][key] == pytest.approx(norm, rel=0.25), key  # a share's norms, averaged
+    for name in ("bpp", "mse", "distance"):
+        np.testing.assert_allclose(two["curves"][-1][name], one["curves"][-1][name], rtol=2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ground-truth", "self-labels"])
+def test_a_detectors_own_loss_trains_the_codec(
+    settings: TrainSettings, photograph_set: Path, tmp_path: Path, kind: str
+):
+    torch.manual_seed(0)
+    model = BundledRCNN()
+    (tmp_path / "network").mkdir()
+    save_file(model.state_dict(), tmp_path / "network" / "weights.safetensors")
+    manifest = {"architecture": "faster-rcnn-mobilenetv2-fpn", "model_id": state_hash(model)}
+    (tmp_path / "network" / "manifest.json").write_text(json.dumps(manifest))
+    settings = replace(
+        settings,
+        annotations=photograph_set / "annotations.json",
+        network=str(tmp_path / "network"),
+        network_weights=None,
+        task_loss=kind,
+        steps=3,
+        balance_every=2,
+        schedule=Schedule(distortion_until=0.0, task_at=0.1, warmup_steps=1),
+    )
+    train_codec(settings)
+    state = read_checkpoint(settings.out / "last.pt")
+    assert state["balance"]["task"] > 0
+    assert all(torch.isfinite(v).all() for v in state["net"].values() if v.is_floating_point())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(settings: TrainSettings):
+    with pytest.raises(NumericalError, match=r"at step \d+.*(astronaut|coffee|chelsea|rocket)\.png") as caught:
+        train_codec(replace(settings, rate=1e30, clip=1e30, steps=20))
+    (path,) = settings.out.glob("step-*-not-finite.pt")
+    assert str(path) in str(caught.value)
+    assert read_checkpoint(path)["step"] < 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected COCO annotations"),
+        ("{", "expected COCO annotations"),
+        ('{"images": [], "annotations": []}', "'categories' is missing"),
+        ('{"images": [], "annotations": [], "categories": []}', "no images"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 700}]}', "outside the label space"),
+    ],
+)
+def test_bad_annotations_are_told_before_the_first_step(settings: TrainSettings, tmp_path, content, message):
+    path = tmp_path / "annotations.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidInput, match=message):
+        train_codec(replace(settings, annotations=path))
+    assert not settings.out.exists()
+
+
+def test_a_folder_without_pictures_and_a_broken_picture_are_told(settings: TrainSettings, tmp_path: Path):
+    with pytest.raises(InvalidInput, match="expected a folder"):
+        train_codec(replace(settings, images=tmp_path / "nowhere"))
+    (tmp_path / "some").mkdir()
+    with pytest.raises(InvalidInput, match="no pictures"):
+        train_codec(replace(settings, images=tmp_path / "some"))
+    (tmp_path / "some" / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(InvalidImage, match=r"broken\.png"):
+        train_codec(replace(settings, images=tmp_path / "some"))
+
+
+def test_weights_of_another_architecture_are_told_apart(settings: TrainSettings, tmp_path: Path):
+    torch.save({"net": TrainableCodec(TINY).state_dict()}, tmp_path / "other.pt")
+    with pytest.raises(InvalidBundle, match=r"another architecture.*expected"):
+        train_codec(replace(settings, start_from=str(tmp_path / "other.pt"), architecture=Architecture(m=32)))
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    with pytest.raises(InvalidBundle, match=r"junk\.pt"):
+        train_codec(replace(settings, start_from=str(tmp_path / "junk.pt")))
+
+
+def test_a_disk_without_room_for_checkpoints_is_told(tmp_path: Path):
+    with pytest.raises(Unavailable, match="MiB free"):
+        require_room(tmp_path, TrainableCodec(TINY), 1 << 40)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": None},
+        {"hours": 1.0},
+        {"crop": 100},
+        {"batch": 3, "devices": 2},
+        {"task_loss": "ground-truth"},
+        {"network": "imagenet", "network_weights": None},
+        {"ema": 1.0},
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: TrainSettings, wrong: dict[str, Any]):
+    with pytest.raises(InvalidSettings):
+        train_codec(replace(settings, **wrong))
+
+
+def test_settings_survive_toml_and_unknown_ones_are_named(settings: TrainSettings, tmp_path: Path):
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(settings))
+    assert from_toml(path) == settings
+    path.write_text("colour = 'red'\n" + to_toml(settings))
+    with pytest.raises(InvalidSettings, match="colour"):
+        from_toml(path)
+
+
+def test_crops_are_a_function_of_seed_and_number(photograph_set: Path):
+    pictures = list_pictures(photograph_set / "images", None)
+    one, again = (Crops(pictures, crop=64, seed=3, cache_bytes=room) for room in (1 << 30, 0))
+    for number in (0, 5, 123456):
+        a, b = one[number], again[number]
+        np.testing.assert_array_equal(a[0], b[0])
+        assert (a[1], a[3]) == (b[1], b[3])
+    assert not np.array_equal(one[0][0], Crops(pictures, crop=64, seed=4)[0][0])
+
+
+def test_every_picture_is_seen_once_an_epoch_whatever_the_number_of_processes(photograph_set: Path):
+    pictures = list_pictures(photograph_set / "images", None)
+    crops = Crops(pictures, crop=64, seed=0)
+    names = sorted(crops[n][3] for n in range(len(pictures)))
+    assert names == sorted(p.path.name for p in pictures)
+    whole = next(iter(CropNumbers(7, 4)))
+    shares = [next(iter(CropNumbers(7, 4, rank=rank, processes=2))) for rank in (0, 1)]
+    assert whole == [*shares[0], *shares[1]] == [28, 29, 30, 31]
+
+
+def test_small_pictures_are_padded_to_the_crop(photograph_set: Path):
+    crops = Crops(list_pictures(photograph_set / "images", None), crop=512, seed=0)
+    assert collate([crops[0]]).crops.shape == (1, 3, 512, 512)
+
+
+def test_targets_follow_their_crop(photograph_set: Path):
+    examples = load_coco(photograph_set / "images", photograph_set / "annotations.json")
+    example = next(e for e in examples if e.path.stem == "coffee")
+    size = (example.height, example.width)
+    plain = crop_targets(example, size, (50, 10, 128), False)
+    mirrored = crop_targets(example, size, (50, 10, 128), True)
+    assert plain["boxes"].tolist() == [[10.0, 10.0, 128.0, 128.0]]
+    assert mirrored["boxes"].tolist() == [[0.0, 10.0, 118.0, 128.0]]
+    corner = crop_targets(example, size, (0, 0, 70), False)
+    assert corner["boxes"].shape == (0, 4)
+    assert corner["ignore"].tolist() == [[60.0, 20.0, 70.0, 70.0]]  # hardly to be seen: neither object nor background
