@@ -216,7 +216,10 @@ def _ffmpeg_anchor(
 
 
 def _run(command: list[str], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run(command, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False)  # noqa: S603
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{Path(command[0]).name} took longer than {_TIMEOUT_S:.0f} s") from error
     if done.returncode:
         raise Unavailable(f"{Path(command[0]).name} exited with {done.returncode}: {_tail(done.stderr)}")
     return done
