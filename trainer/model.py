@@ -132,23 +132,33 @@ class TrainableCodec(nn.Module):
         return self.entropy_bottleneck.quantiles[:, 0, 1].detach()[None, :, None, None]
 
     def forward(self, x: Tensor, quality_steps: Tensor, *, rounded: float = 0.0) -> TrainingOutput:
-        """`rounded`: 0 feeds g_s noisy latents; 1 feeds it rounded ones, straight-through (Minnen & Singh 2020)."""
+        """`rounded`: 0 feeds g_s noisy latents; 1 feeds it rounded ones, straight-through (Minnen & Singh 2020).
+
+        Above 0, h_s sees rounded hyper-latents and `bits_y` are those of the rounded latents. Scales are then fitted to
+        what is really coded; y and the means keep the noisy rate's gradient, for rounding has none.
+        """
         y = self.g_a(x) * interpolate_levels(self.log_gain, quality_steps)
         z = self.h_a(y)
         with torch.autocast(x.device.type, enabled=False):  # a difference of two sigmoids: bfloat16 would lose it
             z_hat, z_likelihoods = self.entropy_bottleneck(z)
+        medians = self.medians()
+        if rounded > 0:
+            z_hat = z + ((z - medians).round() + medians - z).detach()
         # h_s sees symbols: zero is the median, at the border's zero padding too
-        means, log_scales = self.h_s(z_hat - self.medians(), quality_steps)
+        means, log_scales = self.h_s(z_hat - medians, quality_steps)
         scales = log_scales.clamp(max=5.6).exp()  # the lower bound, with its own gradient rule, is in `gaussian`
-        y_noisy, y_likelihoods = self.gaussian(y, scales, means=means)
+        y_hat, likelihoods = self.gaussian(y, scales.detach() if rounded > 0 else scales, means=means)
+        bits_y = _bits(likelihoods)
         if rounded > 0:
             residual = y - means
-            y_hat = y + (residual.round() - residual).detach()
-            y_noisy = torch.lerp(y_noisy, y_hat, rounded)
-        x_hat = self.g_s(y_noisy * interpolate_levels(self.log_inverse_gain, quality_steps))
-        return TrainingOutput(
-            x_hat=x_hat,
-            bits_y=-torch.log2(y_likelihoods).flatten(1).sum(1),
-            bits_z=-torch.log2(z_likelihoods).flatten(1).sum(1),
-            y=y,
-        )
+            symbols = residual.detach().round()
+            y_hat = torch.lerp(y_hat, y + (symbols - residual.detach()), rounded)
+            coded = _bits(self.gaussian(symbols, scales, training=False)[1])
+            bits_y = coded + (bits_y - bits_y.detach())
+        x_hat = self.g_s(y_hat * interpolate_levels(self.log_inverse_gain, quality_steps))
+        return TrainingOutput(x_hat=x_hat, bits_y=bits_y, bits_z=_bits(z_likelihoods), y=y)
+
+
+def _bits(likelihoods: Tensor) -> Tensor:
+    """Code length of each picture's symbols: [B, C, h, w] -> [B]."""
+    return -torch.log2(likelihoods).flatten(1).sum(1)

@@ -286,6 +286,22 @@ def test_settings_survive_toml_and_unknown_ones_are_named(settings: TrainSetting
         from_toml(path)
 
 
+def test_rates_and_decodes_of_the_rounding_phase_are_those_of_evaluation():
+    torch.manual_seed(0)
+    codec = TrainableCodec(TINY)
+    with torch.no_grad():
+        codec.log_gain += 3.0  # symbols beyond zero
+    x, steps = torch.rand(2, 3, 128, 128), torch.tensor([256, 2048])
+    trained = codec.train()(x, steps, rounded=1.0)
+    with torch.no_grad():
+        evaluated = codec.eval()(x, steps)
+    torch.testing.assert_close(trained.bits_y, evaluated.bits_y)
+    torch.testing.assert_close(trained.x_hat, evaluated.x_hat)
+    assert float(evaluated.bits_y.min()) > 100
+    (gradient,) = torch.autograd.grad(trained.bits_y.sum(), trained.y)
+    assert float(gradient.abs().max()) > 0
+
+
 def test_crops_are_a_function_of_seed_and_number(photograph_set: Path):
     pictures = list_pictures(photograph_set / "images", None)
     one, again = (Crops(pictures, crop=64, seed=3, cache_bytes=room) for room in (1 << 30, 0))
