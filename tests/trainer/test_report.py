@@ -20,7 +20,7 @@ from trainer.evaluation.accuracy import Metric
 from trainer.evaluation.anchors import Anchor, anchor_by_name
 from trainer.evaluation.coded_store import CodedStore
 from trainer.evaluation.evaluate import EvaluateSettings, Evaluation, evaluate
-from trainer.evaluation.examples import JPEG_QUALITIES, VVC_QPS, examples_of, save_panel
+from trainer.evaluation.examples import JPEG_QUALITIES, VVC_QPS, examples_of
 from trainer.evaluation.series import AnchorSeries
 
 NETWORK = "faster-rcnn-mobilenetv2"
@@ -73,6 +73,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> EvaluateSettings:
         anchors=("jpeg", "vvc:faster"),
         qualities=(1.0, 3.0, 5.0, 8.0),
         draws=40,
+        examples=(folder / "astronaut.jpg",),
+        example_quality=4.0,
     )
 
 
@@ -133,7 +135,7 @@ def test_a_second_run_detects_nothing_again_and_finds_the_same(
 
     monkeypatch.setattr(task, "predict", nothing)
     monkeypatch.setattr("trainer.evaluation.evaluate.load_task", lambda name, **options: task)
-    again = evaluate(settings)
+    again = evaluate(replace(settings, examples=()))
     for a, b in zip(again.results[0].points, evaluation.results[0].points, strict=True):
         assert (a.series, a.setting) == (b.series, b.setting)
         assert a.measured[Metric("box")].scores.ap == b.measured[Metric("box")].scores.ap
@@ -207,15 +209,15 @@ def test_the_highest_quality_is_compared_with_the_original_files(evaluation: Eva
     assert math.isfinite(check.relative)
 
 
-def test_examples_cost_no_more_than_sightlines(evaluation: Evaluation, tmp_path: Path, codec) -> None:
+def test_examples_cost_no_more_than_sightlines(evaluation: Evaluation, codec) -> None:
+    assert "![examples-detection.jpg]" in (evaluation.settings.out_dir / "report.md").read_text()
+    with Image.open(evaluation.settings.out_dir / "examples-detection.jpg") as panel:
+        assert panel.width > 800
     picture = evaluation.pictures.pictures[0].path
     rivals = [(anchor_by_name("jpeg"), JPEG_QUALITIES), (anchor_by_name("vvc:faster"), VVC_QPS)]
     row = examples_of(picture, codec, 4.0, rivals)
     assert [e.label.split()[0] for e in row] == ["original", "jpeg", "vvc-faster", "Sightline"]
     assert all(0.5 * row[-1].bits < e.bits <= row[-1].bits for e in row[1:3])
-    save_panel([row], load_task(NETWORK), tmp_path / "panel.png")
-    with Image.open(tmp_path / "panel.png") as panel:
-        assert panel.width > 800
 
 
 def test_settings_that_cannot_work_are_refused(settings: EvaluateSettings) -> None:
