@@ -171,6 +171,7 @@ class Codec:
         if bitstream.model_id != self.model_id:
             raise UnknownModel(f"bitstream is for model {bitstream.model_id}, this codec is {self.model_id}")
         shape = self.latent_shape(bitstream.height, bitstream.width)
+        bits.check_streams(bitstream, self.tables_z, shape.z, shape.y)  # before anything of that size is made
         z_hat = rans.decode(bitstream.hyper, _channel_indexes(shape.z), self.tables_z).reshape(shape.z)
         means, indexes = self.h_s(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape.y[1], shape.y[2]))
         scale_indexes = indexes[0].cpu().numpy()
