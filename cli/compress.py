@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from cli.codecs import Decoders, find_named
 from cli.files import BITSTREAM_SUFFIX, PICTURE_SUFFIXES, Job, expand, make_folder, plan, write_atomically
 from cli.pictures import MADE_BY, encode_png, read_frame
 from cli.progress import for_each
+
+if TYPE_CHECKING:
+    from shared.codec.types import Bitstream
 
 DEFAULT_QUALITY = 4.0
 
@@ -46,9 +49,8 @@ def compress(
 
     from shared.codec.bitstream import to_bytes
     from shared.codec.codec import Codec
-    from shared.codec.types import QUALITY_STEP, Frame, quality_to_steps
+    from shared.codec.types import Frame
 
-    quality_to_steps(quality)  # NaN passes the option's limits
     codec = Codec.load(find_named(model))
     codec.encode(Frame(np.zeros((64, 64, 3), np.uint8)))  # starts the kernels: that is no file's encode_ms
     make_folder(output)
@@ -65,29 +67,35 @@ def compress(
         write_atomically(job.target, data)
         read_bytes += len(picture)
         written_bytes += len(data)
-        told: dict[str, Any] = {
-            "input": str(job.source),
-            "output": str(job.target),
-            "width": frame.width,
-            "height": frame.height,
-            "bytes": len(data),
-            "bpp": round(8 * len(data) / (frame.width * frame.height), 5),
-            "quality": bitstream.quality / QUALITY_STEP,
-            "encode_ms": round(encode_ms, 2),
-        }
-        if as_json:
-            print(json.dumps(told), flush=True)
-        else:
-            print(
-                "{input} -> {output}  {width}x{height}  {bytes:,} bytes  {bpp:.4f} bpp  quality {quality:g}  "
-                "{encode_ms:.1f} ms".format(**told)
-            )
+        told = account(job, bitstream, len(data), encode_ms)
+        print(json.dumps(told) if as_json else COMPRESSED.format(**told), flush=True)
 
     try:
         for_each(jobs, work, "compress")
     finally:
         if not as_json and len(jobs) > 1 and written_bytes:
             print(f"{read_bytes:,} bytes became {written_bytes:,}: {read_bytes / written_bytes:.1f} times fewer")
+
+
+COMPRESSED = (
+    "{input} -> {output}  {width}x{height}  {bytes:,} bytes  {bpp:.4f} bpp  quality {quality:g}  {encode_ms:.1f} ms"
+)
+
+
+def account(job: Job, bitstream: "Bitstream", size_bytes: int, encode_ms: float) -> dict[str, Any]:
+    """One line of `compress --json`."""
+    from shared.codec.types import QUALITY_STEP
+
+    return {
+        "input": str(job.source),
+        "output": str(job.target),
+        "width": bitstream.width,
+        "height": bitstream.height,
+        "bytes": size_bytes,
+        "bpp": round(8 * size_bytes / (bitstream.width * bitstream.height), 5),
+        "quality": bitstream.quality / QUALITY_STEP,
+        "encode_ms": round(encode_ms, 2),
+    }
 
 
 def decompress(
