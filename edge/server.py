@@ -34,6 +34,7 @@ _log = logging.getLogger("sightline.edge")
 
 SERVICE = "sightline.v1.EdgeService"
 LAST_ACKS_S = 5.0
+MESSAGE_OVERHEAD_BYTES = 4096  # of an upload beside its two streams, amply
 
 
 async def serve(settings: EdgeSettings) -> None:
@@ -54,8 +55,11 @@ async def serve(settings: EdgeSettings) -> None:
 class Edge:
     """All parts of a running edge. Made by `start`, ended by `close`."""
 
-    def __init__(self, server: Server, spool: Spool, engine: Engine, uplink: Uplink | None) -> None:
+    def __init__(
+        self, server: Server, service: EdgeService, spool: Spool, engine: Engine, uplink: Uplink | None
+    ) -> None:
         self.server = server
+        self.service = service
         self.spool = spool
         self.engine = engine
         self.uplink = uplink
@@ -84,7 +88,7 @@ class Edge:
             registry=registry,
             draining=draining,
         )
-        edge = cls(server, spool, engine, None)
+        edge = cls(server, service, spool, engine, None)
         try:
             await server.start()
             if settings.cloud:
@@ -130,6 +134,7 @@ def _defaults(settings: EdgeSettings, codecs: dict[str, Codec]) -> Defaults:
         frame_max_age_s=settings.frame_max_age_s,
         delivers=bool(settings.cloud),
         limits=ImageLimits(settings.max_side, settings.max_pixels),
+        max_coded_bytes=int(settings.max_message_bytes) - MESSAGE_OVERHEAD_BYTES,
         stream_window=settings.stream_window,
     )
 

@@ -26,7 +26,7 @@ from edge.spool import Spool, wall_clock_us
 from edge.spool_rows import Draft, Final, Placed
 from shared.codec import bitstream
 from shared.codec.types import QUALITY_STEP, quality_to_steps
-from shared.errors import InvalidImage, InvalidInput, SightlineError, Unavailable, UnknownModel
+from shared.errors import InvalidImage, InvalidInput, SightlineError, TooLarge, Unavailable, UnknownModel
 from shared.logs import facts, frame_id
 from shared.rpc import status
 
@@ -47,7 +47,7 @@ _DELIVERIES = frozenset(edge_pb2.Delivery.values())
 class Defaults:
     """What a request that leaves it open gets. `models`: name or id -> id; the first is the default.
 
-    `frame_max_age_s`: 0 for never. `delivers`: there is a cloud to wait for.
+    `frame_max_age_s`: 0 for never. `delivers`: there is a cloud to wait for. `max_coded_bytes`: of a spooled frame.
     """
 
     quality: float
@@ -55,6 +55,7 @@ class Defaults:
     frame_max_age_s: float
     delivers: bool
     limits: ImageLimits
+    max_coded_bytes: int
     stream_window: int
 
 
@@ -237,6 +238,11 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
     async def _deliver(self, order: _Order, content: bytes, encoded: Encoded, receipt: edge_pb2.Receipt) -> None:
         """Spools the frame, waits for the cloud where asked for, and says so in the receipt."""
         start = time.perf_counter()
+        if receipt.coded_bytes > self._defaults.max_coded_bytes:
+            raise TooLarge(
+                f"expected at most {self._defaults.max_coded_bytes} coded bytes, what one message to the cloud may "
+                f"hold, got {receipt.coded_bytes}; a lower quality makes fewer"
+            )
         draft = Draft(order.camera_id, order.captured_us, order.expires_us, order.token, content, encoded.bitstream)
         waits = order.delivery == edge_pb2.DELIVERY_PERSISTED
         placed, final = await self._spool.put(draft, watch=waits)

@@ -8,12 +8,13 @@ A session only sends and listens. Which frame is next, and what an acknowledgeme
 
 import asyncio
 import logging
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import grpc
-from sightline.v1 import ingest_pb2, ingest_pb2_grpc
+from sightline.v1 import common_pb2, ingest_pb2, ingest_pb2_grpc
 
 from edge.spool_rows import Entry, Final, Outcome
 from shared.codec.bitstream import payload_crc
@@ -54,6 +55,7 @@ class Session:
         self._models: dict[str, int] = {}
         self._sources: dict[tuple[str, int], int] = {}
         self._announced: set[int] = set()
+        self._max_frame_bytes = 0
         self._credit_frames = 0
         self._credit_bytes = 0
         self._heard = time.monotonic()
@@ -101,8 +103,8 @@ class Session:
         self.ask_to_drain()
         try:
             await self._call.done_writing()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # it ended by itself
+        except Exception as error:  # grpc.aio raises one of its inner errors where the stream is breaking just then
+            _log.debug("the upload stream ended before it was half-closed", extra=facts(error=repr(error)))
 
     # -- up ------------------------------------------------------------------------------------------------------
 
@@ -152,21 +154,18 @@ class Session:
         self._credit_frames -= 1
         bits = entry.bitstream
         if bits is None:
-            tombstone = ingest_pb2.FrameTombstone(
-                source_index=source,
-                seq=entry.name.seq,
-                capture_time_unix_us=entry.captured_us,
-                spooled_time_unix_us=entry.spooled_us,
-                outcome=int(entry.outcome),  # type: ignore[arg-type,unused-ignore]
-                reason=entry.reason,
-            )
-            await self._call.write(ingest_pb2.UploadRequest(tombstone=tombstone))
+            await self._send_tombstone(source, entry)
+            return
+        size = len(bits.hyper) + len(bits.latents)
+        if size > self._max_frame_bytes:  # sent, it would break this stream and every one after it
+            reason = f"expected at most {self._max_frame_bytes} bytes of streams, as the cloud takes, got {size}"
+            await self._send_tombstone(source, replace(entry, outcome=Outcome.REJECTED, reason=reason))
             return
         if bits.model_id not in self._models:
             self._models[bits.model_id] = len(self._models)
             model = ingest_pb2.ModelAnnouncement(index=self._models[bits.model_id], model_id=bits.model_id)
             await self._call.write(ingest_pb2.UploadRequest(model=model))
-        self._credit_bytes -= len(bits.hyper) + len(bits.latents)
+        self._credit_bytes -= size
         frame = ingest_pb2.FrameUpload(
             source_index=source,
             seq=entry.name.seq,
@@ -185,12 +184,24 @@ class Session:
             idempotency_token=entry.token,
         )
         await self._call.write(ingest_pb2.UploadRequest(frame=frame))
-        self._uplink.on_sent(len(bits.hyper) + len(bits.latents))
+        self._uplink.on_sent(size)
+
+    async def _send_tombstone(self, source: int, entry: Entry) -> None:
+        tombstone = ingest_pb2.FrameTombstone(
+            source_index=source,
+            seq=entry.name.seq,
+            capture_time_unix_us=entry.captured_us,
+            spooled_time_unix_us=entry.spooled_us,
+            outcome=common_pb2.Outcome.ValueType(int(entry.outcome)),
+            reason=entry.reason,
+        )
+        await self._call.write(ingest_pb2.UploadRequest(tombstone=tombstone))
 
     # -- down ----------------------------------------------------------------------------------------------------
 
     def _on_welcome(self, welcome: ingest_pb2.Welcome) -> None:
         _log.info("the cloud welcomed this edge", extra=facts(cloud=welcome.cloud_id))
+        self._max_frame_bytes = welcome.max_frame_bytes or sys.maxsize
         self.welcomed.set_result(None)
         self._uplink.on_welcome(set(welcome.model_ids))
 

@@ -7,6 +7,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -299,6 +300,21 @@ async def test_a_full_spool_is_told_and_encoding_goes_on(running_edge: RunningEd
             await compress(stub, Request(camera_id="b", encoded=small_jpeg, options=spooled))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await compress(stub, Request(camera_id="b", encoded=small_jpeg))).width == 96
+
+
+async def test_a_frame_too_large_for_the_cloud_is_refused_before_it_is_spooled(running_edge: RunningEdge) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (448, 448), dtype=np.uint8)
+    request = raw(edge_pb2.PIXEL_FORMAT_GRAY8, 448, 448, 0)
+    request.raw.data = noise.tobytes()
+    request.options.CopyFrom(Options(quality=8, delivery=edge_pb2.DELIVERY_SPOOLED))
+    async with running_edge() as (edge, stub):
+        size = (await compress(stub, request)).coded_bytes
+        edge.service._defaults = replace(edge.service._defaults, max_coded_bytes=size - 1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await compress(stub, request)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"expected at most {size - 1} coded bytes" in str(caught.value.details())
+        assert edge.spool.stats.frames == 1
 
 
 async def test_waiting_for_the_cloud_ends_with_what_is_true_by_then(

@@ -52,6 +52,7 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
     credit_bytes: int = 1 << 20
     models: tuple[str, ...] = (MODEL, OTHER_MODEL)
     welcomes: bool = True
+    max_frame_bytes: int = 0
     frames: list[tuple[Key, ingest_pb2.FrameUpload]] = field(default_factory=list)
     tombstones: list[tuple[Key, ingest_pb2.FrameTombstone]] = field(default_factory=list)
     hellos: list[ingest_pb2.Hello] = field(default_factory=list)
@@ -84,7 +85,9 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
         if not self.welcomes:
             await asyncio.Event().wait()
         yield ingest_pb2.UploadResponse(
-            welcome=ingest_pb2.Welcome(protocol_version=1, cloud_id="test", model_ids=self.models)
+            welcome=ingest_pb2.Welcome(
+                protocol_version=1, cloud_id="test", model_ids=self.models, max_frame_bytes=self.max_frame_bytes
+            )
         )
         credit_frames, credit_bytes = self.credit_frames, self.credit_bytes
         yield grant(credit_frames, credit_bytes)
@@ -472,6 +475,23 @@ async def test_expired_frames_are_told_without_their_payload(path: Path) -> None
     assert tombstone.outcome == common_pb2.OUTCOME_EXPIRED
     assert "older" in tombstone.reason
     assert len(cloud.frames) == 1
+
+
+async def test_a_frame_the_cloud_would_choke_on_is_told_as_rejected_and_does_not_stop_the_rest(path: Path) -> None:
+    cloud = Cloud(max_frame_bytes=1000)
+    async with serving(cloud) as port, edge_to(port, path) as edge:
+        placed, final = await edge.spool.put(draft(7, size=1001), watch=True)
+        await edge.put(2, size=1000)
+        await edge.empty()
+        assert final is not None
+        assert final.result(timeout=0).outcome is Outcome.REJECTED
+        rows = edge.spool._file._db.execute("SELECT seq FROM quarantine").fetchall()  # type: ignore[union-attr]
+        assert rows == [(placed.name.seq,)]
+    assert cloud.faults == []
+    ((_, tombstone),) = cloud.tombstones
+    assert tombstone.outcome == common_pb2.OUTCOME_REJECTED
+    assert "expected at most 1000 bytes of streams, as the cloud takes, got 1001" in tombstone.reason
+    assert len(cloud.frames) == 2
 
 
 async def test_closing_takes_the_acks_of_what_is_under_way(path: Path) -> None:
