@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shared.codec.tables import from_pmfs, gaussian_tables
 from torch import Tensor
 
 from shared.codec.bundle import Bundle, load_bundle, save_bundle
+from shared.codec.hyper import SCALE_COUNT
+from shared.codec.tables import from_pmfs, gaussian_tables
 from shared.codec.transforms import interpolate_levels
 from trainer.model import LEVELS, SCALE_MAX, SCALE_MIN, TrainableCodec
 from trainer.quantise import quantise_hyper_synthesis
 
 SKIP_BELOW = 3  # scale index; below it a latent is nonzero less than once in 700
+SCALES = np.exp(np.linspace(np.log(SCALE_MIN), np.log(SCALE_MAX), SCALE_COUNT))  # of the tables, by scale index
 PMF_TAIL = 1e-7
 PMF_REACH = 1024
 _TRAINING_MODULES = ("h_s", "entropy_bottleneck")
@@ -44,8 +46,7 @@ def export_bundle(
     arrays["gain.log"] = model.log_gain.detach().numpy().astype(np.float32)
     arrays["gain.log_inverse"] = model.log_inverse_gain.detach().numpy().astype(np.float32)
     arrays |= quantise_hyper_synthesis(model.h_s, z_symbols, qualities)
-    scales = np.exp(np.linspace(np.log(SCALE_MIN), np.log(SCALE_MAX), 64))
-    arrays |= gaussian_tables(scales).to_arrays("tables.y")
+    arrays |= gaussian_tables(SCALES).to_arrays("tables.y")
     arrays |= from_pmfs(*factorised_pmfs(model)).to_arrays("tables.z")
     for module in _TRAINING_MODULES:
         for key, value in getattr(model, module).state_dict().items():

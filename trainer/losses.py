@@ -79,6 +79,10 @@ class TaskLoss:
         """Feature distance of each picture, float32 [B]."""
         with torch.no_grad():
             wanted = self.network.features(x, scale)
+        return self.distances_to(wanted, x_hat, scale)
+
+    def distances_to(self, wanted: Mapping[str, Tensor], x_hat: Tensor, scale: float) -> Tensor:
+        """Distance of x_hat's features to `wanted`, those of the clean pictures at the same scale, float32 [B]."""
         got = self.network.features(clamp_straight_through(x_hat), scale)
         each = [
             (got[name].float() - wanted[name].float()).square().flatten(1).mean(1) / variance

@@ -1,0 +1,121 @@
+"""Content-adaptive encoding (arXiv 2108.09992): more work at the encoder for one picture, the decoder as it is.
+
+The latents' residuals from their means are moved so that rate and the frozen network's feature distance of the decode
+fall together; hyper-latents, and with them means and scales, stay. Each residual is drawn between its two neighbouring
+integers, ever more surely so, and gradients flow through the draw (stochastic Gumbel annealing: Yang, Bamler, Mandt,
+"Improving Inference for Neural Image Compression", NeurIPS 2020). What comes out is judged with hard rounding, and the
+plain encoding is kept where it is better.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.codec.codec import Codec
+from shared.codec.hyper import MEAN_STEPS
+from shared.codec.transforms import interpolate_levels
+from shared.codec.types import Bitstream, Frame, Symbols
+from trainer.export import SCALES
+from trainer.losses import TaskLoss
+from trainer.schedule import Schedule
+
+RATE = 0.05  # Adam's, in quantisation steps
+TEMPERATURE = 0.5
+COOLING = 5.0  # the temperature falls to exp(-COOLING) of it over the run
+LEAST_LIKELIHOOD = 2.0**-30
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """A coded picture and what the work brought: the weighted cost of the plain encoding and of this one."""
+
+    bitstream: Bitstream
+    plain_cost: float
+    cost: float
+
+
+def encode_with_effort(
+    codec: Codec, frame: Frame, quality: float, task: TaskLoss, *, steps: int, schedule: Schedule, seed: int = 0
+) -> Effort:
+    """Code `frame` with `steps` gradient steps on its latents.
+
+    Cost is bits per pixel x w_rate + MSE x w_mse + feature distance x w_task, weighed as `schedule` ends. A `task`
+    that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
+    """
+    start = codec.analyse([frame], quality)[0]
+    problem = _Problem(codec, frame, start, task, schedule)
+    generator = torch.Generator(device=codec.device).manual_seed(seed)
+    with torch.no_grad():
+        y = codec.latents([frame]) * interpolate_levels(problem.log_gain, problem.steps)
+    residual = (y - problem.means).requires_grad_()
+    optimiser = torch.optim.Adam([residual], lr=RATE)
+    for i in range(steps):
+        temperature = TEMPERATURE * float(np.exp(-COOLING * i / steps))
+        cost = problem.cost(problem.coded * _drawn(residual, temperature, generator))
+        optimiser.zero_grad(set_to_none=True)
+        cost.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    with torch.no_grad():
+        moved = problem.coded * residual.detach().round()
+        plain = torch.from_numpy(start.symbols)[None].to(moved)
+        plain_cost, cost_of_moved = float(problem.cost(plain)), float(problem.cost(moved))
+    if cost_of_moved >= plain_cost:
+        return Effort(codec.pack(start), plain_cost, plain_cost)
+    symbols = replace(start, symbols=moved[0].to(torch.int32).cpu().numpy())
+    return Effort(codec.pack(symbols), plain_cost, cost_of_moved)
+
+
+class _Problem:
+    """What stays the same over the steps for one picture."""
+
+    def __init__(self, codec: Codec, frame: Frame, start: Symbols, task: TaskLoss, schedule: Schedule) -> None:
+        device = codec.device
+        self.codec, self.task = codec, task
+        self.steps = torch.tensor([start.quality], device=device)
+        self.log_gain = torch.from_numpy(codec.bundle.arrays["gain.log"].astype(np.float32)).to(device)
+        log_inverse = torch.from_numpy(codec.bundle.arrays["gain.log_inverse"].astype(np.float32)).to(device)
+        self.inverse_gain = interpolate_levels(log_inverse, self.steps)
+        self.means = torch.from_numpy(start.means)[None].to(device).float() / MEAN_STEPS
+        indexes = torch.from_numpy(start.scale_indexes.astype(np.int64))[None].to(device)
+        self.scales = torch.from_numpy(SCALES.astype(np.float32)).to(device)[indexes]
+        self.coded = (indexes >= codec.bundle.skip_below).float()
+        self.x = torch.from_numpy(frame.rgb.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+        self.scale = task.network.short_side / min(frame.height, frame.width)
+        if not task.variances:
+            task.calibrate(self.x, self.scale)
+        with torch.no_grad():
+            self.wanted = task.network.features(self.x, self.scale)
+        self.weights = schedule.weights(1.0, (self.steps - 256).float() / 256)
+
+    def cost(self, residual: Tensor) -> Tensor:
+        """Weighted cost, a scalar, of residuals [1, M, hy, wy], whole or between integers."""
+        height, width = self.x.shape[2:]
+        size = residual.abs()
+        likelihood = _below((0.5 - size) / self.scales) - _below((-0.5 - size) / self.scales)
+        bits = -(likelihood.clamp(min=LEAST_LIKELIHOOD).log2() * self.coded).sum()
+        scaled = (residual + self.means) * self.inverse_gain
+        scaled = scaled.to(self.codec.dtype).contiguous(memory_format=torch.channels_last)
+        x_hat = self.codec.g_s(scaled)[:, :, :height, :width].float()
+        mse = (x_hat - self.x).square().mean()
+        distance = self.task.distances_to(self.wanted, x_hat, self.scale)
+        weights = self.weights
+        return (weights.rate * bits / (height * width) + weights.mse * mse + weights.task * distance).sum()
+
+
+def _below(x: Tensor) -> Tensor:
+    """The normal distribution's cumulative function."""
+    return 0.5 * torch.erfc(-x * 0.5**0.5)
+
+
+def _drawn(residual: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Each residual between its neighbouring integers, drawn so that the nearer one is likelier, and softly."""
+    low = residual.detach().floor()
+    above = (residual - low).clamp(1e-4, 1 - 1e-4)
+    logits = torch.stack([-torch.atanh(above), -torch.atanh(1 - above)]) / temperature
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-6, 1 - 1e-6)
+    gumbel = -torch.log(-torch.log(uniform))
+    up = F.softmax((F.log_softmax(logits, 0) + gumbel) / temperature, 0)[1]
+    return low + up
