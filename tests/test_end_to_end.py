@@ -1,0 +1,191 @@
+"""Edge and cloud as the two processes an operator runs: pictures in, detections out, whatever is killed on the way."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+from sightline.v1 import common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, edge_pb2_grpc
+
+from shared.codec.types import Frame
+
+SIGHTLINE = Path(sysconfig.get_path("scripts")) / "sightline"
+START_S = 120
+ANSWER_S = 90
+
+
+class Process:
+    """`sightline NAME`, restartable on the same port and data."""
+
+    def __init__(self, name: str, folder: Path, *flags: str) -> None:
+        self.name = name
+        self.folder = folder
+        self.flags = flags
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        ready = self.folder / f"{self.name}.ready"
+        ready.unlink(missing_ok=True)
+        command = [SIGHTLINE, self.name, "--listen", self.address, "--metrics-listen", "127.0.0.1:0"]
+        command += ["--data-dir", self.folder / self.name, "--ready-file", ready, "--threads", "1", *self.flags]
+        with (self.folder / f"{self.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            )
+        deadline = time.monotonic() + START_S
+        while not ready.exists():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)  # the file is the announcement; nothing else tells
+        self.ready = json.loads(ready.read_text())
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> int:
+        assert self.process is not None
+        self.process.send_signal(how)
+        return self.process.wait(60)
+
+    def log(self) -> str:
+        return (self.folder / f"{self.name}.log").read_text(errors="replace")[-4000:]
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Process]:
+    process = Process("cloud", tmp_path)
+    process.start()
+    yield process
+    if process.process is not None and process.process.poll() is None:
+        process.kill()
+
+
+@pytest.fixture
+def edge(tmp_path: Path, cloud: Process) -> Iterator[Process]:
+    process = Process("edge", tmp_path, "--cloud", cloud.address)
+    process.start()
+    yield process
+    if process.process is not None and process.process.poll() is None:
+        process.kill()
+
+
+def jpeg(frame: Frame, size: tuple[int, int] | None = None) -> bytes:
+    image = Image.fromarray(frame.rgb)
+    out = BytesIO()
+    (image.resize(size) if size else image).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def request(camera: str, data: bytes, delivery: int, token: str = "") -> edge_pb2.CompressRequest:
+    options = edge_pb2.CompressOptions(quality=5, delivery=delivery)
+    return edge_pb2.CompressRequest(camera_id=camera, encoded=data, options=options, idempotency_token=token)
+
+
+Name = tuple[str, int, int]
+
+
+def name_of(frame: common_pb2.FrameName) -> Name:
+    return frame.camera_id, frame.epoch, frame.seq
+
+
+async def events_until(address: str, wanted: set[Name]) -> list[detection_pb2.DetectionEvent]:
+    """The log from its beginning until every wanted frame was seen."""
+    found: list[detection_pb2.DetectionEvent] = []
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = detection_pb2_grpc.DetectionServiceStub(channel)
+        ask = detection_pb2.SubscribeRequest(position=detection_pb2.START_POSITION_BEGINNING)
+        stream = stub.Subscribe(ask, timeout=ANSWER_S)
+        missing = set(wanted)
+        async for answer in stream:
+            if answer.WhichOneof("message") == "event":
+                found.append(answer.event)
+                missing.discard(name_of(answer.event.frame))
+            if not missing:
+                break
+        stream.cancel()
+    return found
+
+
+async def test_a_photograph_goes_through_both_processes_and_its_person_comes_out(
+    edge: Process, cloud: Process, astronaut: Frame
+) -> None:
+    async with grpc.aio.insecure_channel(edge.address) as channel:
+        stub = edge_pb2_grpc.EdgeServiceStub(channel)
+        ask = request("front-door", jpeg(astronaut), edge_pb2.DELIVERY_PERSISTED)
+        receipt = (await stub.Compress(ask, timeout=ANSWER_S)).receipt
+        assert receipt.state == edge_pb2.RECEIPT_STATE_PERSISTED
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Compress(request("front-door", b"not an image", edge_pb2.DELIVERY_SPOOLED), timeout=ANSWER_S)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    [event] = await events_until(cloud.address, {name_of(receipt.frame)})
+    assert event.frame == receipt.frame
+    assert event.outcome == common_pb2.OUTCOME_DETECTIONS
+    labels = {d.label for result in event.results for d in result.detections if d.score >= 0.3}
+    assert "person" in labels
+    assert receipt.coded_bytes < len(jpeg(astronaut)) / 2
+    for process in (edge, cloud):
+        assert process.kill(signal.SIGTERM) == 0, process.log()
+
+
+async def test_kill_9_of_either_side_loses_no_spooled_frame_and_doubles_none(
+    edge: Process, cloud: Process, astronaut: Frame, rng: np.random.Generator
+) -> None:
+    """Each side is killed twice, at a random moment of the traffic; every receipt must end as one DETECTIONS."""
+    data = jpeg(astronaut, (64, 64))
+    receipts: set[tuple[str, int, int]] = set()
+    kills = [cloud, edge, cloud, edge]
+    rng.shuffle(kills)  # type: ignore[arg-type]
+    for turn, victim in enumerate([*kills, None]):
+        sent = asyncio.create_task(send_many(edge.address, data, turn, receipts))
+        if victim is None:
+            await sent
+            continue
+        await asyncio.sleep(float(rng.uniform(0, 0.6)))  # the random moment is the point of this test
+        victim.kill()
+        await sent
+        await asyncio.to_thread(victim.start)
+    assert len(receipts) >= 12, "too few frames were accepted for the test to mean anything"
+    # A frame whose receipt died with the edge may still be under way: per camera, this last one comes after it.
+    receipts |= {await last_frame(edge.address, camera) for camera in ("left", "right")}
+    found = await events_until(cloud.address, receipts)
+    names = [name_of(event.frame) for event in found]
+    assert len(names) == len(set(names)), "a frame has two terminal records"
+    assert receipts <= set(names)
+    assert {event.outcome for event in found} == {common_pb2.OUTCOME_DETECTIONS}
+
+
+async def send_many(address: str, data: bytes, turn: int, receipts: set[Name]) -> None:
+    """Six frames of each of two cameras; those with a receipt are noted, a dying edge answers the rest by an error."""
+
+    async def camera(name: str) -> None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = edge_pb2_grpc.EdgeServiceStub(channel)
+            for i in range(6):
+                try:
+                    ask = request(name, data, edge_pb2.DELIVERY_SPOOLED, token=f"{turn}-{i}")
+                    receipts.add(name_of((await stub.Compress(ask, timeout=ANSWER_S)).receipt.frame))
+                except grpc.aio.AioRpcError:
+                    return
+
+    await asyncio.gather(camera("left"), camera("right"))
+
+
+async def last_frame(address: str, camera: str) -> Name:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = edge_pb2_grpc.EdgeServiceStub(channel)
+        ask = request(camera, jpeg(Frame(np.zeros((64, 64, 3), np.uint8))), edge_pb2.DELIVERY_PERSISTED)
+        return name_of((await stub.Compress(ask, timeout=ANSWER_S)).receipt.frame)
