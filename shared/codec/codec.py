@@ -228,7 +228,8 @@ class Codec:
             module.load_state_dict(state)
         except RuntimeError as error:
             raise InvalidBundle(f"bundle {self.bundle.name!r} does not fit {name}: {error}") from error
-        module = module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        module.eval().requires_grad_(False).to(self.device)
+        module.to(memory_format=torch.channels_last)
         module.body.to(self.dtype)
         return module
 
@@ -269,18 +270,17 @@ class Codec:
         symbols = residual.to(torch.int32)
         if self.bundle.skip_below:
             symbols.masked_fill_(indexes < self.bundle.skip_below, 0)
-        columns = (z_hat.cpu().numpy(), symbols.cpu().numpy(), means.cpu().numpy(), indexes.cpu().numpy())
-        return [
-            Symbols(*(column[i] for column in columns), quality, frame.height, frame.width)
-            for i, (quality, frame) in enumerate(zip(qualities, frames, strict=True))
-        ]
+        each = zip(
+            *(column.cpu().numpy() for column in (z_hat, symbols, means, indexes)), qualities, frames, strict=True
+        )
+        return [Symbols(z, s, m, i, quality, frame.height, frame.width) for z, s, m, i, quality, frame in each]
 
     @torch.no_grad()
     def _synthesise_group(self, y: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Frame]:
         height, width = sizes[0]
 
         def band(top: int, bottom: int) -> Tensor:
-            x_hat = self.g_s(y[:, :, top:bottom].to(self.dtype, memory_format=torch.channels_last))
+            x_hat: Tensor = self.g_s(y[:, :, top:bottom].to(self.dtype, memory_format=torch.channels_last))
             return x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
         def crop(part: Tensor, skip: int, rows: int) -> Tensor:

@@ -25,6 +25,7 @@ then floor.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class IntegerHyperSynthesis:
     act_max: tuple[int, int]
 
     @staticmethod
-    def from_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> "IntegerHyperSynthesis":
+    def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> "IntegerHyperSynthesis":
         """Build from the bundle's `h_s.*` arrays and check every bound. Raises InvalidBundle."""
         level_bias = np.asarray(arrays["h_s.level_bias"], np.int64)
         act_max = tuple(int(v) for v in np.asarray(arrays["h_s.act_max"]))
@@ -101,7 +102,8 @@ class IntegerHyperSynthesis:
         high = min(low + 1, len(self.level_bias) - 1)
         table = self.level_bias
         mixed = (table[low] * (QUALITY_STEP - fraction) + table[high] * fraction + QUALITY_STEP // 2) >> 8
-        return self.layers[0].bias + mixed
+        bias: NDArray[np.int64] = self.layers[0].bias + mixed
+        return bias
 
 
 class HyperSynthesis:
