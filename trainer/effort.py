@@ -22,9 +22,9 @@ from trainer.export import SCALES
 from trainer.losses import TaskLoss
 from trainer.schedule import Schedule
 
-RATE = 0.05  # Adam's, in quantisation steps
-TEMPERATURE = 0.5
-COOLING = 5.0  # the temperature falls to exp(-COOLING) of it over the run
+RATE = 0.02  # Adam's, in quantisation steps
+TEMPERATURE = 0.1  # higher ones drown quality 1, where nearly all residuals are 0, in draws of 1
+COOLING = 2.0  # the temperature falls to exp(-COOLING) of it over the run
 LEAST_LIKELIHOOD = 2.0**-30
 
 
