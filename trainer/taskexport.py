@@ -70,6 +70,7 @@ def export_task(
     save_file(stored, partial)
     if ours and partial.stat().st_size > MAX_BYTES:
         raise ValueError(f"{name}: {partial.stat().st_size} bytes, a bundled task network has at most {MAX_BYTES}")
+    partial.chmod(0o644)  # safetensors gives the file to its owner alone
     partial.replace(folder / WEIGHTS_FILE)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return folder
