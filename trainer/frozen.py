@@ -17,6 +17,7 @@ from cloud.tasks.checkpoints import freeze
 from cloud.tasks.loading import load_task
 from cloud.tasks.torchvision_models import TorchvisionDetector, TorchvisionSegmenter
 from cloud.tasks.trunk import IMAGE_MEAN, IMAGE_STD, MobileNetPyramid, folded_state
+from cloud.tasks.types import TaskKind
 from shared.errors import InvalidBundle, InvalidSettings
 
 IMAGENET_TAPS = (3, 6, 13)  # blocks of MobileNetV2: strides 4, 8 and 16
@@ -105,6 +106,14 @@ class FrozenNetwork:
                 target["keypoints"] = item.keypoints.clone()[kept]
             targets.append(target)
         return targets
+
+    @property
+    def wants_masks(self) -> bool:
+        """Whether its training loss reads masks."""
+        return self._task is not None and self._task.kind in (
+            TaskKind.INSTANCE_SEGMENTATION,
+            TaskKind.SEMANTIC_SEGMENTATION,
+        )
 
     def _through(self) -> TorchvisionDetector | TorchvisionSegmenter:
         if self._task is None:

@@ -255,12 +255,12 @@ def train_codec(settings: TrainSettings) -> Path:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     pictures = list_pictures(settings.images, settings.annotations)
-    crops = _crops(settings, pictures)
     torch.manual_seed(settings.seed)
     codec = starting_model(settings.start_from, settings.architecture).to(memory_format=torch.channels_last)
     task = None
     if settings.task_loss != "none":
         task = TaskLoss(load_frozen(settings.network, settings.network_weights), settings.task_loss)
+    crops = _crops(settings, pictures, masks=task is not None and task.network.wants_masks)
     module = CodecTraining(settings, codec, task)
     if settings.ema:
         module.average = {n: p.detach().clone() for n, p in codec.named_parameters()}
@@ -288,13 +288,14 @@ def train_codec(settings: TrainSettings) -> Path:
     return folder
 
 
-def _crops(settings: TrainSettings, pictures: list[Picture]) -> Crops:
+def _crops(settings: TrainSettings, pictures: list[Picture], *, masks: bool) -> Crops:
     return Crops(
         pictures,
         crop=settings.crop,
         seed=settings.seed,
         zoom=settings.zoom,
         targets=settings.task_loss == "ground-truth",
+        masks=masks,
         cache_bytes=settings.cache_bytes // max(1, settings.workers) // settings.devices,
     )
 

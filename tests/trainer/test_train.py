@@ -47,7 +47,9 @@ def photograph_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.save(folder / "images" / f"{name}.png")
         images.append({"id": number, "file_name": f"{name}.png", "width": picture.width, "height": picture.height})
         if name in BOXES:
-            annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": BOXES[name], "iscrowd": 0})
+            x, y, w, h = BOXES[name]
+            annotation = {"id": number, "image_id": number, "category_id": 1, "bbox": BOXES[name], "iscrowd": 0}
+            annotations.append({**annotation, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
     (folder / "annotations.json").write_text(json.dumps(document))
     return folder
@@ -182,15 +184,15 @@ def test_two_processes_train_as_one_does_with_the_same_global_batch(settings: Tr
         np.testing.assert_allclose(two["curves"][-1][name], one["curves"][-1][name], rtol=2e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["ground-truth", "self-labels"])
+@pytest.mark.parametrize(("kind", "masks"), [("ground-truth", True), ("self-labels", False)])
 def test_a_detectors_own_loss_trains_the_codec(
-    settings: TrainSettings, photograph_set: Path, tmp_path: Path, kind: str
+    settings: TrainSettings, photograph_set: Path, tmp_path: Path, kind: str, masks: bool
 ):
     torch.manual_seed(0)
-    model = BundledRCNN()
+    model = BundledRCNN(masks=masks)
     (tmp_path / "network").mkdir()
     save_file(model.state_dict(), tmp_path / "network" / "weights.safetensors")
-    manifest = {"architecture": "faster-rcnn-mobilenetv2-fpn", "model_id": state_hash(model)}
+    manifest = {"architecture": f"{'mask' if masks else 'faster'}-rcnn-mobilenetv2-fpn", "model_id": state_hash(model)}
     (tmp_path / "network" / "manifest.json").write_text(json.dumps(manifest))
     settings = replace(
         settings,
