@@ -19,7 +19,8 @@ from shared.codec.kernels import (
 
 START = 0x5A17  # state before the first symbol: below its interval, and where no state comes to rest without words
 MAY_HAVE_LANES = 1 << 15  # symbols from which a chunk says whether it has 32 states
-_TAIL_WORDS = 1024  # what one state gives away before 32 begin: their 20 bytes are then below 1 % of the chunk
+# 32 states begin once one has given away some words that promise this many for the chunk: 20 bytes are then below 1 %.
+_WORDS_GIVEN, _WORDS_PROMISED = 128, 1024
 _TAIL_STEP = 1024  # symbols
 _LEAST_BODY = 1 << 13  # symbols; for fewer, 32 states gain less than 0.1 ms
 
@@ -30,7 +31,9 @@ def encode_chunk(symbols, indexes, words, bounds, encode_tables, encode_rows):
     n, p, x = len(symbols), len(words), START
     body = n
     while body > 0:
-        if len(words) - p >= _TAIL_WORDS and body >= _LEAST_BODY and n >= MAY_HAVE_LANES:
+        given = len(words) - p
+        promising = given >= _WORDS_GIVEN and given * n >= _WORDS_PROMISED * (n - body)
+        if promising and body >= _LEAST_BODY and n >= MAY_HAVE_LANES:
             break
         first = (body - 1) // _TAIL_STEP * _TAIL_STEP
         x, p = encode_symbols(symbols, indexes, first, body, x, words, p, bounds, encode_rows)
@@ -77,9 +80,8 @@ def decode_chunk(
         states, p = _part(x, words, count, p)
         words, count = words[p:], count - p
         p = decode_lanes(
-            words, count, states, indexes, symbols, body, bounds, freqs, cumulative,
-            first_wide, buckets, decode_tables, decode_rows,
-        )  # fmt: skip
+            words, count, states, indexes, symbols, body, bounds, first_wide, buckets, decode_tables, decode_rows
+        )
         if p < 0:
             return x, -1
         x, words, count = _with_seeds(states, words, count, p)

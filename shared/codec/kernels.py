@@ -1,8 +1,8 @@
 """The rANS coder's loops, compiled by Numba: one symbol at a time, and sixteen states at once.
 
 What the bytes mean is said in `shared.codec.rans`, what the tables hold in `shared.codec.tables.Lookup`.
-`encode_symbols` and `decode_symbols` are the coder for one state. `encode_lanes` and `decode_lanes` do the same for 32
-states in two vectors, and give a group of 16 that holds an escape to the former.
+`encode_symbols` and `decode_symbols` are the coder for one state; `encode_lanes` and `decode_lanes` are it for 32, in
+two vectors.
 
 Encoding runs from the last symbol to the first and writes words towards the start of its buffer; `p` is the position
 of the last word written. Decoding runs forward and `p` is the next word to read.
@@ -29,6 +29,7 @@ from numba import njit, uint64
 from shared.codec.lanes import (
     WIDTH,
     anywhere,
+    both,
     choose,
     count,
     last_lanes,
@@ -41,7 +42,6 @@ from shared.codec.lanes import (
     signed_shift,
     spread,
     squeeze,
-    store_u8,
     store_u16,
     store_u32,
 )
@@ -57,9 +57,8 @@ _NARROW_SHIFT, _WIDE_SHIFT = PRECISION - NARROW_BITS, PRECISION - WIDE_BITS
 
 # A cached kernel holds the code of those it calls, but Numba looks at the age of its own file only. So what all of them
 # are made from is part of their name.
-_SOURCES = hashlib.sha256(
-    b"".join((Path(__file__).parent / name).read_bytes() for name in ("lanes.py", "kernels.py", "chunks.py"))
-).hexdigest()[:12]
+_FILES = [Path(__file__).with_name(name) for name in ("lanes.py", "kernels.py", "chunks.py", "skipping.py")]
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()[:12]
 
 
 def compiled(function):
@@ -71,11 +70,11 @@ def compiled(function):
         return njit(**options)(function)
 
 
-_inlined = njit(forceinline=True, error_model="numpy")
+inlined = njit(forceinline=True, error_model="numpy")
 
 
-@_inlined
-def _address(array):
+@inlined
+def address(array):
     return uint64(array.ctypes.data)
 
 
@@ -209,65 +208,88 @@ def _pop_escape(x, size, order, words, count, p):
 # -- sixteen states at once --------------------------------------------------------------------------------------------
 
 
-@_inlined
-def _encode_group(x, position, symbols, indexes, words, p, tables, rows):
-    """States after symbols [position, position + 16), `p`, and whether none is an escape (else nothing is done)."""
+@inlined
+def _entries(position, symbols, indexes, tables):
+    """Of 16 symbols from `position` on, the places in their tables, and what `encode_tables` says of these."""
     offset, packed = look_up_by_bytes(tables, indexes, position)
-    entry = load_u32(symbols, position) - offset
-    if anywhere(entry >= packed >> 18):
-        return x, p, False
+    return load_u32(symbols, position) - offset, packed
+
+
+@inlined
+def _encode_group(x, entry, packed, words, p, rows):
+    """States and `p` after 16 symbols; raw bits of escapes among them are in the states already."""
+    size = packed >> 18
+    entry = choose(entry < size, entry, size)
     reciprocal, packed = look_up(rows, (packed & 0x3FFFF) + entry)
     freq = packed & _MASK
     full = x >= freq << (32 - PRECISION)
     number = count(full)
     # Right-aligned, so that the store ends where the last one began; what it writes before is overwritten by the next.
     store_u16(words, p - uint64(WIDTH), spread(last_lanes(number), squeeze(full, x)))
-    p -= number
     x = choose(full, x >> 16, x)
     quotient = multiply_shift(x, reciprocal, (packed >> 28) + 31)
     rest = x - quotient * freq
     over = rest >= freq  # the quotient is one too large, the rest below 0
     rest = choose(over, rest + freq, rest)
     quotient = choose(over, quotient - 1, quotient)
-    return (quotient << PRECISION) + rest + (packed >> 14 & _MASK), p, True
+    return (quotient << PRECISION) + rest + (packed >> PRECISION & _MASK), p - number
+
+
+@compiled
+def _push_escapes(x, position, symbols, indexes, words, p, bounds):
+    states, first, p = np.empty(WIDTH, np.uint32), np.int64(position), np.int64(p)
+    store_u32(address(states), uint64(0), x)
+    for k in range(WIDTH - 1, -1, -1):
+        t = indexes[first + k]
+        entry, size = np.int64(symbols[first + k]) - bounds[t, 0], bounds[t, 1]
+        if not 0 <= entry < size:
+            states[k], p = _push_escape(np.int64(states[k]), entry, size, bounds[t, 3], words, p)
+    return load_u32(address(states), uint64(0)), uint64(p)
 
 
 @compiled
 def encode_lanes(symbols, indexes, last, states, words, p, bounds, encode_tables, encode_rows):
     """Code symbols [0, last), a multiple of 32, symbol i into state i mod 32: `p`, or -1 where words are too few."""
-    symbols_at, indexes_at, words_at = _address(symbols), _address(indexes), _address(words)
-    tables_at, rows_at = _address(encode_tables), _address(encode_rows)
-    a, b = load_u32(_address(states), uint64(0)), load_u32(_address(states), uint64(WIDTH))
-    position, p = uint64(last), uint64(p)
-    while position > uint64(0):
+    symbols_at, indexes_at, words_at = address(symbols), address(indexes), address(words)
+    tables_at, rows_at = address(encode_tables), address(encode_rows)
+    a, b = load_u32(address(states), uint64(0)), load_u32(address(states), uint64(WIDTH))
+    i, p = uint64(last), uint64(p)
+    while i > uint64(0):
         if p < uint64(2 * WORDS_PAD):
             return -1
-        position -= uint64(WIDTH)
-        b, p, done = _encode_group(b, position, symbols_at, indexes_at, words_at, p, tables_at, rows_at)
-        if not done:
-            b, p = _encode_escapes(b, position, symbols, indexes, words, p, bounds, encode_rows)
-        position -= uint64(WIDTH)
-        a, p, done = _encode_group(a, position, symbols_at, indexes_at, words_at, p, tables_at, rows_at)
-        if not done:
-            a, p = _encode_escapes(a, position, symbols, indexes, words, p, bounds, encode_rows)
-    store_u32(_address(states), uint64(0), a)
-    store_u32(_address(states), uint64(WIDTH), b)
+        i -= uint64(WIDTH)
+        entry, packed = _entries(i, symbols_at, indexes_at, tables_at)
+        if anywhere(entry >= packed >> 18):
+            b, p = _push_escapes(b, i, symbols, indexes, words, p, bounds)
+        b, p = _encode_group(b, entry, packed, words_at, p, rows_at)
+        i -= uint64(WIDTH)
+        entry, packed = _entries(i, symbols_at, indexes_at, tables_at)
+        if anywhere(entry >= packed >> 18):
+            a, p = _push_escapes(a, i, symbols, indexes, words, p, bounds)
+        a, p = _encode_group(a, entry, packed, words_at, p, rows_at)
+    store_u32(address(states), uint64(0), a)
+    store_u32(address(states), uint64(WIDTH), b)
     return np.int64(p)
 
 
-@compiled
-def _encode_escapes(x, position, symbols, indexes, words, p, bounds, encode_rows):
-    states, first, p = np.empty(WIDTH, np.uint32), np.int64(position), np.int64(p)
-    store_u32(_address(states), uint64(0), x)
-    for k in range(WIDTH - 1, -1, -1):
-        i = first + k
-        states[k], p = encode_symbols(symbols, indexes, i, i + 1, np.int64(states[k]), words, p, bounds, encode_rows)
-    return load_u32(_address(states), uint64(0)), uint64(p)
+@inlined
+def _search(t, slot, rest, value, freq, tables, rows):
+    """Entry by entry upwards in lanes whose slot lies beyond their `value`; and whether one is an escape."""
+    row_of_zero, escape = look_up(tables, t)
+    open_lanes = rest >= freq
+    value = choose(both(open_lanes, value == escape), value - 1, value)  # its frequency is still to be fetched
+    while anywhere(open_lanes):  # until the escape's row at the latest, which ends at 2^14
+        value = choose(open_lanes, value + 1, value)
+        low, _ = look_up(rows, row_of_zero + value)
+        rest = choose(open_lanes, slot - (low & _MASK), rest)
+        freq = choose(open_lanes, low >> PRECISION & _MASK, freq)
+        open_lanes = rest >= freq
+    return rest, value, freq, anywhere(value == escape)
 
 
-@_inlined
+@inlined
 def _decode_group(x, position, words, p, indexes, symbols, first_wide, buckets, tables, rows):
-    """States after symbols [position, position + 16), `p`, and whether none is an escape (else nothing is done)."""
+    """States and `p` after 16 symbols from `position` on, and whether escapes are among them (their bits still in)."""
     t = load_u8(indexes, position)
     slot = x & _MASK
     narrow = t < first_wide
@@ -281,136 +303,49 @@ def _decode_group(x, position, words, p, indexes, symbols, first_wide, buckets, 
     rest = choose(further, rest - freq, rest)
     value = choose(further, value + 1, value)
     freq = choose(further, high & _MASK, freq)
+    escapes = False
     if anywhere(rest >= freq):
-        rest, value, freq, found = _search(t, slot, rest, value, freq, tables, rows)
-        if not found:
-            return x, p, False
+        rest, value, freq, escapes = _search(t, slot, rest, value, freq, tables, rows)
     x = freq * (x >> PRECISION) + rest
     low_states = x < LOW
     x = choose(low_states, x << 16 | spread(low_states, load_u16(words, p)), x)
     store_u32(symbols, position, value)
-    return x, p + count(low_states), True
+    return x, p + count(low_states), escapes
 
 
 @compiled
-def _search(t, slot, rest, value, freq, tables, rows):
-    """Entry by entry upwards in lanes whose slot lies beyond their `value`; not found where one is an escape."""
-    row_of_zero, escape = look_up(tables, t)
-    open_lanes = rest >= freq
-    while True:
-        if anywhere(choose(open_lanes, value - escape, escape - escape + 1) < 1):
-            return rest, value, freq, False
-        low, _ = look_up(rows, row_of_zero + value + 1)
-        rest = choose(open_lanes, slot - (low & _MASK), rest)
-        freq = choose(open_lanes, low >> PRECISION & _MASK, freq)
-        value = choose(open_lanes, value + 1, value)
-        open_lanes = rest >= freq
-        if not anywhere(open_lanes):
-            return rest, value, freq, not anywhere((value - escape) < 1)
+def _pop_escapes(x, position, words, count, p, indexes, symbols, bounds):
+    states, first, p = np.empty(WIDTH, np.uint32), np.int64(position), np.int64(p)
+    store_u32(address(states), uint64(0), x)
+    for k in range(WIDTH):
+        t = indexes[first + k]
+        offset, size = bounds[t, 0], bounds[t, 1]
+        if symbols[first + k] == offset + size and p >= 0:
+            states[k], entry, p = _pop_escape(np.int64(states[k]), size, bounds[t, 3], words, count, p)
+            symbols[first + k] = offset + entry
+            if not -(1 << 31) <= offset + entry < 1 << 31:
+                p = -1
+    return load_u32(address(states), uint64(0)), uint64(p)  # -1 becomes larger than any count
 
 
 @compiled
-def decode_lanes(
-    words, count, states, indexes, symbols, last, bounds, freqs, cumulative, first_wide, buckets, tables, rows
-):
+def decode_lanes(words, count, states, indexes, symbols, last, bounds, first_wide, buckets, tables, rows):
     """Decode symbols [0, last), a multiple of 32, symbol i from state i mod 32: the next position, or -1."""
-    words_at, indexes_at, symbols_at = _address(words), _address(indexes), _address(symbols)
-    buckets_at, tables_at, rows_at = _address(buckets), _address(tables), _address(rows)
-    a, b = load_u32(_address(states), uint64(0)), load_u32(_address(states), uint64(WIDTH))
+    words_at, indexes_at, symbols_at = address(words), address(indexes), address(symbols)
+    buckets_at, tables_at, rows_at = address(buckets), address(tables), address(rows)
+    a, b = load_u32(address(states), uint64(0)), load_u32(address(states), uint64(WIDTH))
     wide, p, i = uint64(first_wide), uint64(0), uint64(0)
     while i < uint64(last) and p <= uint64(count):
-        a, p, done = _decode_group(a, i, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at)
-        if not done:
-            a, p = _decode_escapes(
-                a, i, words, count, p, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets
-            )
+        a, p, escapes = _decode_group(a, i, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at)
+        if escapes:
+            a, p = _pop_escapes(a, i, words, count, p, indexes, symbols, bounds)
         i += uint64(WIDTH)
         if p > uint64(count):
             break
-        b, p, done = _decode_group(b, i, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at)
-        if not done:
-            b, p = _decode_escapes(
-                b, i, words, count, p, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets
-            )
+        b, p, escapes = _decode_group(b, i, words_at, p, indexes_at, symbols_at, wide, buckets_at, tables_at, rows_at)
+        if escapes:
+            b, p = _pop_escapes(b, i, words, count, p, indexes, symbols, bounds)
         i += uint64(WIDTH)
-    store_u32(_address(states), uint64(0), a)
-    store_u32(_address(states), uint64(WIDTH), b)
+    store_u32(address(states), uint64(0), a)
+    store_u32(address(states), uint64(WIDTH), b)
     return np.int64(p) if p <= uint64(count) else -1
-
-
-@compiled
-def _decode_escapes(x, position, words, count, p, indexes, symbols, bounds, freqs, cumulative, first_wide, buckets):
-    states, first, p = np.empty(WIDTH, np.uint32), np.int64(position), np.int64(p)
-    store_u32(_address(states), uint64(0), x)
-    for k in range(WIDTH):
-        i = first + k
-        states[k], p = decode_symbols(
-            words, count, p, np.int64(states[k]), indexes, symbols, i, i + 1,
-            bounds, freqs, cumulative, first_wide, buckets,
-        )  # fmt: skip
-        if p < 0:
-            break
-    return load_u32(_address(states), uint64(0)), uint64(p)  # -1 becomes larger than any count
-
-
-# -- what is not coded -------------------------------------------------------------------------------------------------
-
-
-@compiled
-def take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes):
-    """Move the symbols and indexes with an index >= skip_below together; how many, or -1 if a skipped one is not 0.
-
-    `coded_*` have room for 16 more than all.
-    """
-    n, number = len(indexes), uint64(0)
-    symbols_at, indexes_at = _address(symbols), _address(indexes)
-    to_symbols, to_indexes = _address(coded_symbols), _address(coded_indexes)
-    for i in range(0, n - WIDTH + 1, WIDTH):
-        t, s = load_u8(indexes_at, uint64(i)), load_u32(symbols_at, uint64(i))
-        coded = t >= skip_below
-        if anywhere(choose(coded, s & 0, s) >= 1):
-            return -1
-        if anywhere(coded):
-            store_u32(to_symbols, number, squeeze(coded, s))
-            store_u8(to_indexes, number, squeeze(coded, t))
-            number += count(coded)
-    for i in range(n - n % WIDTH, n):
-        if indexes[i] >= skip_below:
-            coded_symbols[number] = symbols[i]
-            coded_indexes[number] = indexes[i]
-            number += uint64(1)
-        elif symbols[i] != 0:
-            return -1
-    return np.int64(number)
-
-
-@compiled
-def take_coded_indexes(indexes, skip_below, coded_indexes):
-    """`take_coded` of the indexes alone."""
-    n, number = len(indexes), uint64(0)
-    for i in range(0, n - WIDTH + 1, WIDTH):
-        t = load_u8(_address(indexes), uint64(i))
-        coded = t >= skip_below
-        if anywhere(coded):
-            store_u8(_address(coded_indexes), number, squeeze(coded, t))
-            number += count(coded)
-    for i in range(n - n % WIDTH, n):
-        if indexes[i] >= skip_below:
-            coded_indexes[number] = indexes[i]
-            number += uint64(1)
-    return np.int64(number)
-
-
-@compiled
-def put_coded(coded_symbols, indexes, skip_below, symbols):
-    """The reverse of `take_coded`; skipped symbols become 0. `coded_symbols` is followed by 16 more elements."""
-    n, number = len(indexes), uint64(0)
-    for i in range(0, n - WIDTH + 1, WIDTH):
-        coded = load_u8(_address(indexes), uint64(i)) >= skip_below
-        store_u32(_address(symbols), uint64(i), spread(coded, load_u32(_address(coded_symbols), number)))
-        number += count(coded)
-    for i in range(n - n % WIDTH, n):
-        symbols[i] = 0
-        if indexes[i] >= skip_below:
-            symbols[i] = coded_symbols[number]
-            number += uint64(1)

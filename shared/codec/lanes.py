@@ -5,7 +5,7 @@ some lanes take in). So the few operations the coder needs are given here as LLV
 compiles, into one register or four as the processor has them. Only `spread` and `squeeze` have a second form, for
 AVX-512, where each is an instruction; both forms compute the same.
 
-In a kernel, `+ - * & | << >> < >=` work on lanes (unsigned, modulo 2^32) and on lanes with an integer. Memory is
+In a kernel, `+ - * & | << >> < >= ==` work on lanes (unsigned, modulo 2^32) and on lanes with an integer. Memory is
 addressed as an integer (`array.ctypes.data`) and a position that counts elements; arrays themselves would have their
 references counted at each inlined call, which costs more than the work done. Nothing is bounds-checked: the callers in
 `shared.codec.kernels` say why each access is inside.
@@ -101,7 +101,7 @@ for _symbol, _name in (
     (operator.rshift, "lshr"),
 ):
     _add_operator(_symbol, _lanes, lambda builder, a, b, name=_name: getattr(builder, name)(a, b))
-for _symbol, _name in ((operator.lt, "<"), (operator.ge, ">=")):
+for _symbol, _name in ((operator.lt, "<"), (operator.ge, ">="), (operator.eq, "==")):
     _add_operator(_symbol, _mask, lambda builder, a, b, name=_name: builder.icmp_unsigned(name, a, b))
 
 
@@ -157,6 +157,16 @@ def anywhere(_typing, condition):
         return builder.icmp_unsigned("!=", builder.bitcast(arguments[0], _I16), _I16(0))
 
     return types.boolean(_mask), build
+
+
+@intrinsic
+def both(_typing, a, b):
+    """The condition that holds where `a` and `b` do."""
+
+    def build(_context, builder, _signature, arguments):
+        return builder.and_(*arguments)
+
+    return _mask(_mask, _mask), build
 
 
 @intrinsic

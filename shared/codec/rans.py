@@ -19,11 +19,11 @@ head is the final state's upper half without leading zero bytes. That costs 2 by
 state is one chain of operations, each waiting for the last.
 
 **32 states**, symbol i in state i mod 32, are stepped sixteen at once. An encoder may use them in chunks of 2^15
-symbols or more; this one does as soon as one state has made 2 kB of words. Their flush is not paid: the last symbols,
+symbols or more; this one does where one state's first words promise 2 kB. Their flush is not paid: the last symbols,
 down to a multiple of 32, are coded by one state; the last 31 words it gave away are taken back and become the states 1
 to 31, as 2^16 + word. State 0 goes on from where it is. In the end states 31 to 1 are put into state 0 as raw bits: 16
 low ones, the k others below the leading one, k in 4 bits; then the number of symbols so coded, over 32, in 24 bits.
-That leaves 20 bytes instead of 124.
+That leaves 20 bytes instead of 124. Raw bits of escapes come after the sixteen symbols, i div 16, they are among.
 
 A chunk of 2^15 symbols or more has one more bit put last, whether it has 32 states.
 
@@ -37,9 +37,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.codec import kernels
 from shared.codec.chunks import START, decode_chunk, encode_chunk
+from shared.codec.kernels import WORDS_PAD
 from shared.codec.lanes import WIDTH
+from shared.codec.skipping import put_coded, take_coded, take_coded_indexes
 from shared.codec.tables import EntropyTables, from_pmfs
 from shared.errors import InvalidBitstream
 
@@ -63,7 +64,7 @@ def encode(
     if skip_below > 0:
         coded_symbols = np.empty(len(symbols) + WIDTH, np.int32)
         coded_indexes = np.empty(len(symbols) + WIDTH, np.uint8)
-        n = kernels.take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes)
+        n = take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes)
         if n < 0:
             raise ValueError(f"symbols with an index below {skip_below} are not coded and must be 0")
         symbols, indexes = coded_symbols[:n], coded_indexes[:n]
@@ -88,7 +89,7 @@ def decode(
     coded = indexes
     if skip_below > 0:
         coded = np.empty(len(indexes) + WIDTH, np.uint8)
-        coded = coded[: kernels.take_coded_indexes(indexes, skip_below, coded)]
+        coded = coded[: take_coded_indexes(indexes, skip_below, coded)]
     symbols = np.empty(len(coded) + WIDTH, np.int32)
     spans = _chunks(len(coded))
     parts = _split(data, len(spans))
@@ -98,7 +99,7 @@ def decode(
     if skip_below <= 0:
         return symbols[: len(coded)]
     out = np.empty(len(indexes), np.int32)
-    kernels.put_coded(symbols, indexes, skip_below, out)
+    put_coded(symbols, indexes, skip_below, out)
     return out
 
 
@@ -127,7 +128,7 @@ def _encode_chunk(symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables
     if not len(symbols):
         return b""
     look = tables.lookup
-    room = len(symbols) + 4 * kernels.WORDS_PAD  # 14 bits each and what the states hold, if none is an escape
+    room = len(symbols) + 4 * WORDS_PAD  # 14 bits each and what the states hold, if none is an escape
     while True:
         words = np.empty(room, np.uint16)
         x, p = encode_chunk(symbols, indexes, words, look.bounds, look.encode_tables, look.encode_rows)
@@ -145,7 +146,7 @@ def _decode_chunk(data: bytes, indexes: NDArray[np.uint8], symbols: NDArray[np.i
     x, count = int.from_bytes(data[:head], "little"), (len(data) - head) // 2
     if head and x >> (8 * head - 8) == 0:
         raise InvalidBitstream("expected a stream that begins with its state's first nonzero byte, got zero")
-    words = np.zeros(count + kernels.WORDS_PAD, np.uint16)
+    words = np.zeros(count + WORDS_PAD, np.uint16)
     words[:count] = np.frombuffer(data, "<u2", offset=head)
     left, p = decode_chunk(
         words, count, x, indexes, symbols, look.bounds, look.freqs, look.cumulative,

@@ -35,7 +35,7 @@ TOTAL = 1 << PRECISION
 MAX_TABLES = 256  # an index is a byte
 MAX_ROWS = 1 << 18  # entries of all tables together
 NARROW_BITS, WIDE_BITS = 7, 10  # of a slot, that choose its bucket in decoding
-_NARROW_SIZE = 48  # entries; tables of more get more buckets
+_NARROW_SIZE = 24  # entries; tables of more get more buckets
 _VALUE_MIN, _VALUE_MAX = -(1 << 15), (1 << 15) - 1  # symbols that have an entry of their own
 
 
@@ -185,8 +185,7 @@ def _build_lookup(tables: EntropyTables) -> Lookup:
         first_wide=first_wide,
         buckets=np.concatenate(buckets),
         decode_tables=(starts - offsets) & u32 | ((offsets + sizes) & u32) << 32,
-        # One more row, because a search looks one row ahead also in lanes that need no search.
-        decode_rows=np.append(cumulative | freqs << 14, 0),
+        decode_rows=cumulative | freqs << 14,
     )
 
 

@@ -51,13 +51,18 @@ def _encode_chunk(pairs: list[tuple[int, int]], tables: EntropyTables) -> bytes:
     if not pairs:
         return b""
     x, left = START, len(pairs)
-    while left and not (len(pairs) >= 2**15 and left >= 2**13 and left % 1024 == 0 and len(words) >= 1024):
+    while left:
+        enough = len(words) >= 128 and len(words) * len(pairs) >= 1024 * (len(pairs) - left)
+        if len(pairs) >= 2**15 and left >= 2**13 and left % 1024 == 0 and enough:
+            break
         left -= 1
         x = _put_symbol(x, *pairs[left], tables, words)
     if left:
         states = [x] + [LOW + words.pop() for _ in range(31)]
-        for i in range(left - 1, -1, -1):
-            states[i % LANES] = _put_symbol(states[i % LANES], *pairs[i], tables, words)
+        for group in range(left - 16, -1, -16):
+            for put in (_put_raw_bits, _put_entry):
+                for i in range(group + 15, group - 1, -1):
+                    states[i % LANES] = put(states[i % LANES], *pairs[i], tables, words)
         x = states[0]
         for state in states[:0:-1]:
             k = state.bit_length() - 17
@@ -75,15 +80,26 @@ def _encode_chunk(pairs: list[tuple[int, int]], tables: EntropyTables) -> bytes:
 
 
 def _put_symbol(x: int, symbol: int, t: int, tables: EntropyTables, words: list[int]) -> int:
+    return _put_entry(_put_raw_bits(x, symbol, t, tables, words), symbol, t, tables, words)
+
+
+def _put_raw_bits(x: int, symbol: int, t: int, tables: EntropyTables, words: list[int]) -> int:
+    """Of an escape; nothing for a symbol that has an entry."""
+    entry, escape = symbol - int(tables.offsets[t]), int(tables.sizes[t]) - 1
+    if 0 <= entry < escape:
+        return x
+    order = max(0, escape.bit_length() - 5)
+    number = (1 << order) + (2 * (entry - escape) if entry >= escape else -2 * entry - 1)
+    bits = "0" * (number.bit_length() - 1 - order) + f"{number:b}"
+    for bit in reversed(bits):
+        x = _put_bits(x, int(bit), 1, words)
+    return x
+
+
+def _put_entry(x: int, symbol: int, t: int, tables: EntropyTables, words: list[int]) -> int:
     freqs = tables.freqs[tables.starts[t] :][: tables.sizes[t]].tolist()
-    entry = symbol - int(tables.offsets[t])
-    escape = len(freqs) - 1
+    entry, escape = symbol - int(tables.offsets[t]), len(freqs) - 1
     if not 0 <= entry < escape:
-        order = max(0, escape.bit_length() - 5)
-        number = (1 << order) + (2 * (entry - escape) if entry >= escape else -2 * entry - 1)
-        bits = "0" * (number.bit_length() - 1 - order) + f"{number:b}"
-        for bit in reversed(bits):
-            x = _put_bits(x, int(bit), 1, words)
         entry = escape
     return _put(x, sum(freqs[:entry]), freqs[entry], words)
 
@@ -120,6 +136,9 @@ class _Reader:
         return value
 
     def symbol(self, t: int, tables: EntropyTables) -> int:
+        return self.raw_bits(self.entry(t, tables), t, tables)
+
+    def entry(self, t: int, tables: EntropyTables) -> int:
         freqs = tables.freqs[tables.starts[t] :][: tables.sizes[t]].tolist()
         slot, entry = self.x % 2**BITS, 0
         while slot >= freqs[entry]:
@@ -127,7 +146,11 @@ class _Reader:
             entry += 1
         self.x = freqs[entry] * (self.x >> BITS) + slot
         self.fill()
-        escape = len(freqs) - 1
+        return entry
+
+    def raw_bits(self, entry: int, t: int, tables: EntropyTables) -> int:
+        """The symbol of an entry, for the escape's with what it carries."""
+        escape = int(tables.sizes[t]) - 1
         if entry == escape:
             order = bits = max(0, escape.bit_length() - 5)
             while not self.bits(1):
@@ -155,7 +178,10 @@ def _decode_chunk(data: bytes, indexes: list[int], tables: EntropyTables) -> lis
             high = reader.bits(k)
             states.append((1 << k | high) << 16 | reader.bits(16))
         lanes = [_Reader(x, words) for x in [reader.x, *states]]
-        symbols = [lanes[i % LANES].symbol(indexes[i], tables) for i in range(body)]
+        for group in range(0, body, 16):
+            places = range(group, group + 16)
+            entries = [lanes[i % LANES].entry(indexes[i], tables) for i in places]
+            symbols += [lanes[i % LANES].raw_bits(e, indexes[i], tables) for i, e in zip(places, entries, strict=True)]
         reader = _Reader(lanes[0].x, [lane.x - LOW for lane in lanes[1:]] + words)
     symbols += [reader.symbol(t, tables) for t in indexes[body:]]
     if reader.x != START or reader.words:

@@ -1,0 +1,263 @@
+"""Entropy coder against its peers: ns a symbol and bytes above the entropy, all in one process on the same symbols.
+
+    python -m bench.entropy [--json]
+
+192 x 68 x 120 symbols (the latents of a 1080p frame with 192 channels) are drawn from Gaussians of scale indexes that
+are spread evenly over the 64 ("uniform"), or crowd at the small ones as those of natural pictures do ("natural").
+Nothing is skipped. Peers: `compressai.ans`, given tables and lists ready-made, and `constriction` with its quantised
+Gaussians. Times are of the calling thread on the processor, because a wall clock also measures what else the machine
+does; the row for two threads is the wall clock's. In each round each coder runs four times and the last counts,
+when memory and caches are its own. Medians, and the least, of several rounds.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import constriction
+import numba
+import numpy as np
+import torch
+from compressai import ans
+from compressai.entropy_models import GaussianConditional
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from shared.codec import rans
+from shared.codec.tables import EntropyTables, gaussian_tables
+
+SHAPE = (192, 68, 120)
+SCALES = np.exp(np.linspace(np.log(0.11), np.log(256), 64))
+TARGET_RATIO, TARGET_NS = 20.0, 4.0
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Row:
+    """One coder on one distribution. `over_percent`: bytes above the entropy of the Gaussians that were drawn from."""
+
+    distribution: str
+    coder: str
+    encode_ns: float
+    encode_least_ns: float
+    decode_ns: float
+    decode_least_ns: float
+    bits_per_symbol: float
+    over_percent: float
+    encode_ratio: float  # compressai's time over this one's
+    decode_ratio: float
+
+
+@dataclass(frozen=True)
+class _Coder:
+    name: str
+    encode: Callable[[], Any]
+    decode: Callable[[Any], Any]
+    size: Callable[[Any], int]
+
+
+def measure(rounds: int = ROUNDS) -> list[Row]:
+    """All coders on both distributions. Every decode is compared with what was encoded."""
+    tables = gaussian_tables(SCALES)
+    rng = np.random.default_rng(0)
+    n = int(np.prod(SHAPE))
+    spreads = {
+        "uniform": rng.integers(0, 64, n).astype(np.uint8),
+        "natural": np.minimum(np.abs(rng.normal(0, 16, n)), 63).astype(np.uint8),
+    }
+    rows = []
+    for name, indexes in spreads.items():
+        symbols = np.rint(rng.normal(0, SCALES[indexes])).astype(np.int32)
+        rows += _measure_distribution(name, symbols, indexes, tables, rounds)
+    return rows
+
+
+def measure_threads(rounds: int = ROUNDS) -> dict[str, float]:
+    """Wall-clock speed-up of two threads over one, on one frame (shared chunks) and on two frames."""
+    tables = gaussian_tables(SCALES)
+    rng = np.random.default_rng(1)
+    indexes = np.minimum(np.abs(rng.normal(0, 16, int(np.prod(SHAPE)))), 63).astype(np.uint8)
+    symbols = np.rint(rng.normal(0, SCALES[indexes])).astype(np.int32)
+    data = rans.encode(symbols, indexes, tables)
+    with ThreadPoolExecutor(2) as pool:
+        works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "encode, one frame": (
+                lambda: rans.encode(symbols, indexes, tables),
+                lambda: rans.encode(symbols, indexes, tables, pool=pool),
+            ),
+            "decode, one frame": (
+                lambda: rans.decode(data, indexes, tables),
+                lambda: rans.decode(data, indexes, tables, pool=pool),
+            ),
+            "decode, four frames": (
+                lambda: [rans.decode(data, indexes, tables) for _ in range(4)],
+                lambda: list(pool.map(lambda _: rans.decode(data, indexes, tables), range(4))),
+            ),
+        }
+        return {name: _wall(one, rounds) / _wall(two, rounds) for name, (one, two) in works.items()}
+
+
+def run(*, as_json: bool = False) -> None:
+    """Measure, and print tables or one JSON object."""
+    rows, threads = measure(), measure_threads()
+    machine = {
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "numba": numba.__version__,
+        "compressai": version("compressai"),
+        "constriction": version("constriction"),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if as_json:
+        print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows], "two_threads": threads}, indent=2))
+        return
+    console = Console(width=120)
+    table = Table(title=f"{'x'.join(map(str, SHAPE))} symbols, one core, {machine['processor']}")
+    for column in ("symbols", "coder", "encode ns", "decode ns", "encode x", "decode x", "bits", "over entropy"):
+        table.add_column(column, justify="left" if column in ("symbols", "coder") else "right")
+    for row in rows:
+        table.add_row(
+            row.distribution,
+            row.coder,
+            f"{row.encode_ns:.2f} ({row.encode_least_ns:.2f})",
+            f"{row.decode_ns:.2f} ({row.decode_least_ns:.2f})",
+            f"{row.encode_ratio:.1f}",
+            f"{row.decode_ratio:.1f}",
+            f"{row.bits_per_symbol:.4f}",
+            f"{row.over_percent:+.3f} %",
+        )
+    console.print(table)
+    console.print("ns a symbol: median (least); x: compressai's median over this one's.")
+    console.print(f"Targets: >= {TARGET_RATIO:g} x and <= {TARGET_NS:g} ns, both ways.")
+    console.print("Two threads, wall clock: " + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in threads.items()))
+    console.print(json.dumps(machine))
+
+
+def _measure_distribution(
+    name: str, symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables: EntropyTables, rounds: int
+) -> list[Row]:
+    coders = [
+        _Coder(
+            "sightline",
+            lambda: rans.encode(symbols, indexes, tables),
+            lambda data: rans.decode(data, indexes, tables),
+            len,
+        ),
+        _compressai(symbols, indexes),
+        _constriction(symbols, indexes),
+    ]
+    entropy = _entropy_bits(indexes)
+    times: dict[str, tuple[list[float], list[float]]] = {coder.name: ([], []) for coder in coders}
+    sizes: dict[str, int] = {}
+    for _ in range(rounds):
+        for coder in coders:
+            for turn in range(4):
+                started = time.thread_time()
+                data = coder.encode()
+                encoded = time.thread_time()
+                decoded = coder.decode(data)
+                if turn == 3:
+                    times[coder.name][0].append(encoded - started)
+                    times[coder.name][1].append(time.thread_time() - encoded)
+            sizes[coder.name] = coder.size(data)
+            if not np.array_equal(np.asarray(decoded, np.int32), symbols):
+                raise AssertionError(f"{coder.name} gave back other symbols")
+    nanoseconds = {name: [[t / len(symbols) * 1e9 for t in part] for part in both] for name, both in times.items()}
+    peer = [statistics.median(part) for part in nanoseconds["compressai"]]
+    rows = []
+    for coder in coders:
+        encode, decode = nanoseconds[coder.name]
+        bits = 8 * sizes[coder.name]
+        row = Row(
+            distribution=name,
+            coder=coder.name,
+            encode_ns=statistics.median(encode),
+            encode_least_ns=min(encode),
+            decode_ns=statistics.median(decode),
+            decode_least_ns=min(decode),
+            bits_per_symbol=bits / len(symbols),
+            over_percent=(bits / entropy - 1) * 100,
+            encode_ratio=peer[0] / statistics.median(encode),
+            decode_ratio=peer[1] / statistics.median(decode),
+        )
+        rows.append(row)
+    return rows
+
+
+def _compressai(symbols: NDArray[np.int32], indexes: NDArray[np.uint8]) -> _Coder:
+    model = GaussianConditional(SCALES.tolist())
+    model.update()
+    cdfs, lengths, offsets = (
+        array.tolist()
+        for array in (model._quantized_cdf, model._cdf_length, model._offset)
+        if isinstance(array, torch.Tensor)
+    )
+    symbol_list, index_list = symbols.tolist(), indexes.tolist()
+    return _Coder(
+        "compressai",
+        lambda: ans.RansEncoder().encode_with_indexes(symbol_list, index_list, cdfs, lengths, offsets),
+        lambda data: ans.RansDecoder().decode_with_indexes(data, index_list, cdfs, lengths, offsets),
+        len,
+    )
+
+
+def _constriction(symbols: NDArray[np.int32], indexes: NDArray[np.uint8]) -> _Coder:
+    reach = int(np.abs(symbols).max())
+    family = constriction.stream.model.QuantizedGaussian(-reach, reach)
+    means, scales = np.zeros(len(symbols), np.float32), SCALES[indexes].astype(np.float32)
+
+    def encode() -> Any:
+        coder = constriction.stream.stack.AnsCoder()
+        coder.encode_reverse(symbols, family, means, scales)
+        return coder.get_compressed()
+
+    return _Coder(
+        "constriction",
+        encode,
+        lambda words: constriction.stream.stack.AnsCoder(words).decode(family, means, scales),
+        lambda words: 4 * len(words),
+    )
+
+
+def _entropy_bits(indexes: NDArray[np.uint8]) -> float:
+    """Of the Gaussians, exact: what no coder that knows the scales can stay below on average."""
+    entropies = []
+    for scale in SCALES:
+        reach = int(12 * scale) + 2
+        edges = torch.arange(-reach, reach + 2, dtype=torch.float64) - 0.5
+        upper = torch.special.erfc(edges.abs() / (scale * 2**0.5)) / 2
+        pmf = torch.where(edges[1:] > 0, upper[:-1] - upper[1:], upper[1:] - upper[:-1])
+        pmf[reach] = 1 - 2 * upper[reach + 1]
+        entropies.append(float(-torch.special.xlogy(pmf, pmf).sum() / np.log(2)))
+    return float(np.array(entropies)[indexes].sum())
+
+
+def _wall(work: Callable[[], Any], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    run(as_json="--json" in sys.argv[1:])
