@@ -262,12 +262,12 @@ class Codec:
     def quantise(self, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
         """Latents to symbols, each frame at its own quality in 1/256 steps. Raises NumericalError."""
         y = y * interpolate_levels(self._log_gain, torch.tensor(qualities, device=self.device))
-        z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32)
+        z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32, memory_format=torch.contiguous_format)
         means, indexes = self.h_s(z_hat, qualities, (y.shape[2], y.shape[3]))
         residual = (y - means.to(torch.float32) * (1 / 16)).round_()
         if float(residual.abs().max()) >= SYMBOL_MAX:
             raise NumericalError(f"a latent is {float(residual.abs().max())} steps from its mean; expected < 2^24")
-        symbols = residual.to(torch.int32)
+        symbols = residual.to(torch.int32, memory_format=torch.contiguous_format)
         if self.bundle.skip_below:
             symbols.masked_fill_(indexes < self.bundle.skip_below, 0)
         each = zip(
