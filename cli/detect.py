@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cloud.tasks.types import Detections, TaskModel
 
 DEFAULT_TASK = "faster-rcnn-mobilenetv2"
-DEFAULT_SCORE = 0.35
+DEFAULT_SCORE = 0.5
 
 
 def detect(
