@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 from shared.codec.codec import Codec
-from shared.codec.hyper import MEAN_STEPS, SCALE_COUNT
+from shared.codec.hyper import SCALE_COUNT
 from shared.codec.transforms import interpolate_levels
-from shared.codec.types import Frame
+from shared.codec.types import MEAN_STEPS, Frame
 from trainer.export import trainable_from_bundle
 from trainer.model import SCALE_MIN
 from trainer.quantise import LOG_STEP

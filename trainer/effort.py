@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.codec.codec import Codec
-from shared.codec.hyper import MEAN_STEPS
 from shared.codec.transforms import interpolate_levels
-from shared.codec.types import Bitstream, Frame, Symbols
+from shared.codec.types import MEAN_STEPS, Bitstream, Frame, Symbols
 from trainer.export import SCALES
 from trainer.losses import TaskLoss
 from trainer.schedule import Schedule

@@ -20,6 +20,7 @@ from shared.codec.transforms import (
     Architecture,
     HyperAnalysisTransform,
     SynthesisTransform,
+    between_levels,
     interpolate_levels,
 )
 
@@ -43,19 +44,11 @@ class HyperSynthesis(nn.Module):
 
     def forward(self, z_hat: Tensor, quality_steps: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(z_hat.device.type, enabled=False):
-            bias = interpolate_bias(self.level_bias, quality_steps)
+            bias = between_levels(self.level_bias, quality_steps)
             a = F.relu(F.pixel_shuffle(self.conv1(z_hat) + bias, 2))
             a = F.relu(F.pixel_shuffle(self.conv2(a), 2))
             means, log_scales = self.conv3(a).chunk(2, dim=1)
         return means, log_scales
-
-
-def interpolate_bias(table: Tensor, quality_steps: Tensor) -> Tensor:
-    """Linear between levels: float [8, C], int [B] in [256, 2048] -> float [B, C, 1, 1]."""
-    position = (quality_steps - 256).clamp(0, 7 * 256)
-    low = (position // 256).clamp(max=6)
-    fraction = ((position - low * 256).to(table.dtype) / 256).unsqueeze(1)
-    return torch.lerp(table[low], table[low + 1], fraction)[:, :, None, None]
 
 
 class _SharedNoise:

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.codec.hyper import MAX_MULTIPLIER, MEAN_STEPS, SCALE_COUNT
-from trainer.model import SCALE_MAX, SCALE_MIN, HyperSynthesis, interpolate_bias
+from shared.codec.hyper import MAX_MULTIPLIER, SCALE_COUNT
+from shared.codec.transforms import between_levels
+from shared.codec.types import MEAN_STEPS
+from trainer.model import SCALE_MAX, SCALE_MIN, HyperSynthesis
 
 ACT_MAX = 255
 SHIFT_LIMIT = 36
@@ -86,7 +88,7 @@ def _equalised(h_s: HyperSynthesis, z_symbols: list[Tensor], quality_steps: list
 
 def _hidden(parameters: tuple[Tensor, ...], z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     w1, b1, w2, b2, level_bias = parameters
-    bias = interpolate_bias(level_bias, torch.tensor([steps]))
+    bias = between_levels(level_bias, torch.tensor([steps]))
     one = F.relu(F.pixel_shuffle(F.conv2d(z, w1, b1, padding=1) + bias, 2))
     two = F.relu(F.pixel_shuffle(F.conv2d(one, w2, b2, padding=1), 2))
     return one, two

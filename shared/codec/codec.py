@@ -30,7 +30,7 @@ from shared.codec.transforms import (
     SynthesisTransform,
     interpolate_levels,
 )
-from shared.codec.types import QUALITY_MAX, QUALITY_MIN, Bitstream, Frame, Symbols, quality_to_steps
+from shared.codec.types import MEAN_STEPS, QUALITY_MAX, QUALITY_MIN, Bitstream, Frame, Symbols, quality_to_steps
 from shared.errors import InvalidBitstream, InvalidBundle, NumericalError, SymbolsMismatch, UnknownModel
 
 _Transform = TypeVar("_Transform", AnalysisTransform, HyperAnalysisTransform, SynthesisTransform)
@@ -202,7 +202,7 @@ class Codec:
             members = [symbols[i] for i in group]
             y_hat = torch.from_numpy(np.stack([s.y_hat for s in members])).to(self.device)
             steps = torch.tensor([s.quality for s in members], device=self.device)
-            scaled = y_hat.float().mul_(1 / 16).mul_(interpolate_levels(self._log_inverse_gain, steps))
+            scaled = y_hat.float().mul_(1 / MEAN_STEPS).mul_(interpolate_levels(self._log_inverse_gain, steps))
             for i, frame in zip(
                 group, self._synthesise_group(scaled, [(s.height, s.width) for s in members]), strict=True
             ):
@@ -264,7 +264,7 @@ class Codec:
         y = y * interpolate_levels(self._log_gain, torch.tensor(qualities, device=self.device))
         z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32, memory_format=torch.contiguous_format)
         means, indexes = self.h_s(z_hat, qualities, (y.shape[2], y.shape[3]))
-        residual = (y - means.to(torch.float32) * (1 / 16)).round_()
+        residual = (y - means.to(torch.float32) * (1 / MEAN_STEPS)).round_()
         if float(residual.abs().max()) >= SYMBOL_MAX:
             raise NumericalError(f"a latent is {float(residual.abs().max())} steps from its mean; expected < 2^24")
         symbols = residual.to(torch.int32, memory_format=torch.contiguous_format)

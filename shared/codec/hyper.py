@@ -36,7 +36,6 @@ from torch.nn import functional as F
 from shared.codec.types import QUALITY_MAX, QUALITY_MIN, QUALITY_STEP
 from shared.errors import InvalidBundle
 
-MEAN_STEPS = 16  # a mean is carried in 1/16 of the quantisation step
 SCALE_COUNT = 64
 Z_MAX = 127
 MAX_MULTIPLIER = 2**20

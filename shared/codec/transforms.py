@@ -147,12 +147,17 @@ class HyperAnalysisTransform(nn.Module):
         return z
 
 
-def interpolate_levels(log_gains: Tensor, quality_steps: Tensor) -> Tensor:
-    """Per-channel gains at fractional qualities, log-linear between the trained levels (Cui et al., CVPR 2021).
+def between_levels(table: Tensor, quality_steps: Tensor) -> Tensor:
+    """Per-channel values at fractional qualities, linear between the trained levels.
 
-    `log_gains`: float [8, C]; `quality_steps`: int [B] in [256, 2048] -> float [B, C, 1, 1].
+    `table`: float [8, C]; `quality_steps`: int [B] in [256, 2048] -> float [B, C, 1, 1].
     """
     position = (quality_steps - 256).clamp(0, 7 * 256)
     low = (position // 256).clamp(max=6)
-    fraction = ((position - low * 256).to(log_gains.dtype) / 256).unsqueeze(1)
-    return torch.lerp(log_gains[low], log_gains[low + 1], fraction).exp()[:, :, None, None]
+    fraction = ((position - low * 256).to(table.dtype) / 256).unsqueeze(1)
+    return torch.lerp(table[low], table[low + 1], fraction)[:, :, None, None]
+
+
+def interpolate_levels(log_gains: Tensor, quality_steps: Tensor) -> Tensor:
+    """Gains at fractional qualities, log-linear between the trained levels (Cui et al., CVPR 2021); shapes as above."""
+    return between_levels(log_gains, quality_steps).exp()

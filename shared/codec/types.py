@@ -16,6 +16,7 @@ QUALITY_STEP = 256  # a quality is carried as an integer in 1/256 steps
 QUALITY_MIN = 1 * QUALITY_STEP
 QUALITY_MAX = 8 * QUALITY_STEP
 MAX_SIDE = 8192  # pixels
+MEAN_STEPS = 16  # a mean is carried in 1/16 of the quantisation step
 
 
 def quality_to_steps(quality: float) -> int:
@@ -68,7 +69,7 @@ class Symbols:
     @property
     def y_hat(self) -> NDArray[np.int32]:
         """Quantised latents in 1/16 of the quantisation step, int32 [M, hy, wy]; exact on every machine."""
-        return self.symbols * np.int32(16) + self.means
+        return self.symbols * np.int32(MEAN_STEPS) + self.means
 
 
 @dataclass(frozen=True, slots=True)
