@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cloud.tasks.bundled import LONG_SIDE, BundledRCNN
+from shared.codec.codec import fast_dtype
 from trainer.data import Example
 
 STRIDE = 8
@@ -37,7 +38,8 @@ class EarlyBatch:
     image_ids: tuple[int, ...]
 
     def losses(self, model: BundledRCNN) -> dict[str, Tensor]:
-        return model.losses_from_early(self.c3, self.sizes, self.targets)
+        c3 = self.c3 if torch.is_autocast_enabled("cpu") else self.c3.float()
+        return model.losses_from_early(c3, self.sizes, self.targets)
 
 
 class EarlyFeatures:
@@ -78,7 +80,7 @@ class EarlyFeatures:
         mean = image.new_tensor(self._model.transform.image_mean).view(1, 3, 1, 1)
         std = image.new_tensor(self._model.transform.image_std).view(1, 3, 1, 1)
         image = functional.pad((image - mean) / std, (0, -width % 32, 0, -height % 32))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype(torch.device("cpu")) == torch.bfloat16):
             c3 = self._model.backbone.early(image.contiguous(memory_format=torch.channels_last))
         return c3[0].to(torch.bfloat16)[:, : -(-height // STRIDE), : -(-width // STRIDE)].clone()
 

@@ -34,7 +34,8 @@ class TrainSettings:
     is resized by before cropping. `rate`: Adam's, at its highest. `clip`: bound on the gradient norm. `ema`: decay of
     the weights' average that is exported, 0 for none. `balance_every`: steps between measurements of gradient norms,
     0 for none. `workers`: processes that prepare crops, 0 for none. `cache_bytes`: bound on decoded pictures kept.
-    `threads`: CPU threads, 0 for torch's choice. `architecture`: None takes that of `start_from`, or the default.
+    `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device does so in hardware.
+    `architecture`: None takes that of `start_from`, or the default.
     """
 
     out: Path
@@ -68,7 +69,7 @@ class TrainSettings:
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
-    bf16: bool = True
+    bf16: bool | None = None
     checkpoint_minutes: float = 3.0
     harvest_minutes: float = 15.0
     harvest_pictures: int = 24

@@ -2,10 +2,10 @@
 
 The bundled networks start from ImageNet's MobileNetV2, with their first blocks frozen and cached
 (`trainer.early_cache`); any of torchvision's detectors trains on pictures (`trainer.pictures`). AdamW, warm-up and
-a cosine whose length is a number of steps or of minutes; bfloat16 autocast for the bundled ones (torchvision's compute
-their anchors in the type of the features, which moves boxes by up to 8 pixels). What is evaluated and exported
-is the exponential moving average of the weights. A killed run resumes from its last checkpoint, written atomically; a
-non-finite loss stops it, with the step saved and the batch named.
+a cosine whose length is a number of steps or of minutes; bfloat16 autocast for the bundled ones where the device
+computes in it (torchvision's compute their anchors in the type of the features, which moves boxes by up to 8 pixels).
+What is evaluated and exported is the exponential moving average of the weights. A killed run resumes from its last
+checkpoint, written atomically; a non-finite loss stops it, with the step saved and the batch named.
 """
 
 import copy
@@ -30,6 +30,7 @@ from cloud.tasks.checkpoints import load_strictly
 from cloud.tasks.torchvision_models import TorchvisionDetector
 from cloud.tasks.trunk import EARLY_BLOCKS, folded_state
 from cloud.tasks.types import TaskModel
+from shared.codec.codec import fast_dtype
 from shared.errors import InvalidBundle, InvalidSettings, NumericalError, Unavailable
 from trainer.data import Example, epochs, repeat_factors
 from trainer.early_cache import EarlyBatch, EarlyBatches, EarlyFeatures
@@ -142,8 +143,9 @@ class Run:
 
     def update(self, batch: EarlyBatch | PictureBatch) -> dict[str, float]:
         """One optimiser step. Returns the losses. Raises NumericalError before any weight is changed."""
-        device = torch.device(self.settings.device).type
-        with torch.autocast(device, torch.bfloat16, enabled=isinstance(self.model, BundledRCNN)):
+        device = torch.device(self.settings.device)
+        reduced = isinstance(self.model, BundledRCNN) and fast_dtype(device) == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             losses = batch.losses(self.model)
         total = torch.stack([v for v in losses.values() if v.requires_grad]).sum()
         parts = {k.removeprefix("loss_"): float(v.detach()) for k, v in losses.items()}

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cloud.tasks.checkpoints import load_strictly
+from shared.codec.codec import fast_dtype
 from shared.errors import InvalidInput, NumericalError
 from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, starting_model
 from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
@@ -70,6 +71,11 @@ class CodecTraining(LightningModule):
         return 1.0 if self.task is None else self.task.network.short_side / self.settings.short_side_px
 
     @property
+    def bf16(self) -> bool:
+        """Whether the transforms and the frozen network compute in bfloat16."""
+        return fast_dtype(self.device) == torch.bfloat16 if self.settings.bf16 is None else self.settings.bf16
+
+    @property
     def progress(self) -> float:
         """How much of the run is done, in [0, 1]."""
         if self.settings.steps is not None:
@@ -105,7 +111,7 @@ class CodecTraining(LightningModule):
         x = batch.crops.float() / 255
         levels = (batch.quality_steps - 256).float() / 256
         scale = self.scale * float(rng.uniform(1 - settings.scale_jitter, 1 + settings.scale_jitter))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.codec(x, batch.quality_steps, rounded=schedule.rounded(progress))
             weights = schedule.weights(progress, levels)
             terms = codec_terms(x, out.x_hat, out.bits_y + out.bits_z, weights, self.task, batch.targets, scale)
@@ -220,7 +226,7 @@ class Keeper(Callback):
         if module.average is not None:
             codec.load_state_dict(module.average, strict=False)
         curve = measure_curve(
-            codec, self._tuning, module.task, scale=module.scale, step=module.steps_done, bf16=settings.bf16
+            codec, self._tuning, module.task, scale=module.scale, step=module.steps_done, bf16=module.bf16
         )
         codec.load_state_dict(own, strict=False)
         module.curves.append(curve)

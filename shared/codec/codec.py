@@ -68,7 +68,7 @@ class Codec:
         self.bundle = bundle
         self.model_id = bundle.model_id
         self.device = torch.device(device)
-        self.dtype = dtype or _fast_dtype(self.device)
+        self.dtype = dtype or fast_dtype(self.device)
         arch = bundle.architecture
         self.g_a = self._transform("g_a", AnalysisTransform(arch))
         self.h_a = self._transform("h_a", HyperAnalysisTransform(arch))
@@ -328,7 +328,8 @@ def _channel_indexes(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return np.repeat(np.arange(shape[0], dtype=np.uint8), shape[1] * shape[2])
 
 
-def _fast_dtype(device: torch.device) -> torch.dtype:
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` computes in it; elsewhere float32, since emulation is many times slower."""
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
