@@ -34,7 +34,7 @@ class TrainSettings:
     is resized by before cropping. `rate`: Adam's, at its highest. `clip`: bound on the gradient norm. `ema`: decay of
     the weights' average that is exported, 0 for none. `balance_every`: steps between measurements of gradient norms,
     0 for none. `workers`: processes that prepare crops, 0 for none. `cache_bytes`: bound on decoded pictures kept.
-    `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device does so in hardware.
+    `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device has it in hardware.
     `architecture`: None takes that of `start_from`, or the default.
     """
 
