@@ -35,6 +35,7 @@ from shared.settings import ServerSettings
 _log = logging.getLogger("sightline.rpc")
 _LOOP_HANGS_S = 30.0
 _LAST_ANSWERS_S = 0.5
+_REFUSING_S = 0.25  # between the last running call and the end: busy callers learn to call elsewhere
 
 
 class Server:
@@ -134,6 +135,8 @@ class Server:
                 await self._calls.until_idle()
         except TimeoutError:
             _log.warning("calls were still running after %g s and are cut off", self._settings.drain_s)
+        # What reaches grpc.aio while it stops ends as CANCELLED, which no caller tries again: refuse first.
+        await asyncio.sleep(_REFUSING_S)
         # A moment for last answers to leave; health watchers do not end by themselves.
         await self._grpc.stop(_LAST_ANSWERS_S)
 

@@ -149,7 +149,7 @@ async def test_the_process_serves_and_on_sigterm_answers_what_it_holds_and_exits
             assert await edge.call.code() == grpc.StatusCode.OK
             assert [edge.final("gate", seq)[0].state for seq in range(6)] == [P] * 6
         assert await asyncio.to_thread(process.popen.wait, 60) == 0
-    assert [event.frame.seq for event in await logged(tmp_path)] == list(range(6))
+    assert sorted(event.frame.seq for event in await logged(tmp_path)) == list(range(6))  # order is arrival
 
 
 async def test_killed_the_cloud_keeps_what_it_acknowledged_and_makes_no_event_twice(
