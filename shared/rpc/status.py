@@ -5,7 +5,7 @@ the class's name travels beside it: in the trailing metadata `sightline-error` o
 """
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import grpc
 from sightline.v1 import common_pb2
@@ -29,6 +29,8 @@ _BY_CODE: dict[grpc.StatusCode, type[SightlineError]] = {
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    # By the peer, as a server does that is stopped at once; a caller's own cancelling is no RpcError.
+    grpc.StatusCode.CANCELLED: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.Unavailable,
 }
 
@@ -54,9 +56,11 @@ def from_message(message: common_pb2.Error) -> SightlineError:
     return _make(_CODES.get(message.code, grpc.StatusCode.UNKNOWN), message.message, message.kind)
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError) -> SightlineError:
-    """The error that ended a call, as its server raised it."""
-    return _make(error.code(), error.details() or error.code().name, _kind(error.trailing_metadata()))
+def from_rpc_error(error: grpc.RpcError) -> SightlineError:
+    """The error that ended a call, as its server raised it; of grpc.aio or of a blocking call."""
+    # gRPC's own errors are calls too, which its types do not say.
+    call = cast(grpc.Call, error)
+    return _make(call.code(), call.details() or call.code().name, _kind(call.trailing_metadata()))
 
 
 def _kind(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
