@@ -30,6 +30,7 @@ from cloud.tasks.labels import COCO_LABELS
 from shared.codec.types import Bitstream
 from shared.errors import InvalidInput, Unavailable
 from shared.logs import facts
+from shared.rpc.access import caller
 
 _log = logging.getLogger("sightline.cloud.ingest")
 PROTOCOL_VERSION = 1
@@ -138,6 +139,7 @@ class _UploadStream:
         self._limits = limits
         self._draining = draining
         self._context = context
+        self._caller = caller()
         self._edge_id = ""
         self._models: dict[int, str] = {}
         self._sources: dict[int, tuple[str, int]] = {}
@@ -288,6 +290,9 @@ class _UploadStream:
         )
         self._spend(received.payload_bytes)
         key = (frame.source_index, frame.seq)
+        if not self._may_send(name):
+            self._start(key, _not_authorised(name), received.payload_bytes)
+            return
         self._acks.setdefault(key, _ack(key, Verdict(ingest_pb2.ACK_STATE_RECEIVED)))
         self._start(key, self._pipeline.process(received), received.payload_bytes)
 
@@ -304,7 +309,17 @@ class _UploadStream:
             capture_us=tombstone.capture_time_unix_us,
             received_us=time.time_ns() // 1000,
         )
-        self._start((tombstone.source_index, tombstone.seq), self._pipeline.bury(buried), 0)
+        verdict = self._pipeline.bury(buried) if self._may_send(name) else _not_authorised(name)
+        self._start((tombstone.source_index, tombstone.seq), verdict, 0)
+
+    def _may_send(self, name: FrameName) -> bool:
+        """By the policy in force now. Raises PermissionDenied where this caller may send for no camera any more: the
+        stream ends and its frames stay at the edge."""
+        self._caller.require("send")
+        if self._caller.may("send", name.camera):
+            return True
+        self._caller.count_refused("camera")
+        return False
 
     def _name(self, source_index: int, seq: int) -> FrameName:
         source = self._sources.get(source_index)
@@ -368,6 +383,17 @@ class _UploadStream:
         self._credit_bytes += self._grant_bytes
         self._grant_frames = self._grant_bytes = 0
         return ingest_pb2.UploadResponse(credit=grant)
+
+
+async def _not_authorised(name: FrameName) -> Verdict:
+    """A frame for a camera that is not its sender's. It is told so and leaves nothing in the log: a record under that
+    name would let any edge end another's frames before they come."""
+    return Verdict(
+        ingest_pb2.ACK_STATE_REJECTED,
+        common_pb2.OUTCOME_REJECTED,
+        reject_reason=ingest_pb2.REJECT_REASON_NOT_AUTHORISED,
+        detail=f"{caller().name} may not send for camera {name.camera!r}",
+    )
 
 
 def _ack(key: tuple[int, int], verdict: Verdict) -> ingest_pb2.FrameAck:

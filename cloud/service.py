@@ -17,6 +17,7 @@ from cloud.pipeline import Pipeline
 from shared.codec import bitstream as bits
 from shared.codec.types import QUALITY_STEP, Frame
 from shared.errors import InvalidInput, Overloaded, TooLarge, Unavailable
+from shared.rpc.access import caller
 
 
 class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
@@ -48,7 +49,15 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
         _, log = self._ready()
         if len(self._subscriptions) >= self._max_subscribers:
             raise Overloaded(f"{len(self._subscriptions)} subscriptions are open, the limit is {self._max_subscribers}")
-        event_filter = EventFilter.from_proto(request.filter)
+        consumer = caller()
+        for camera in request.filter.camera_ids:
+            consumer.require("subscribe", camera)
+
+        def may_see(camera: str) -> bool:
+            consumer.require("subscribe")  # taken back: the subscription ends
+            return consumer.may("subscribe", camera)
+
+        event_filter = EventFilter.from_proto(request.filter, may_see)
         after = await start_position(log, request)
         await context.send_initial_metadata(
             ()

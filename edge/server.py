@@ -28,6 +28,7 @@ from shared.codec.codec import Codec
 from shared.errors import InvalidSettings
 from shared.logs import facts
 from shared.rpc import tls
+from shared.rpc.reload import ReloadMetrics
 from shared.rpc.server import Server, stop_on_signal
 
 _log = logging.getLogger("sightline.edge")
@@ -63,6 +64,7 @@ class Edge:
         self.spool = spool
         self.engine = engine
         self.uplink = uplink
+        self.renewal: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, settings: EdgeSettings) -> "Edge":
@@ -92,8 +94,11 @@ class Edge:
         try:
             await server.start()
             if settings.cloud:
-                edge.uplink = _uplink(settings, spool, metrics, [codec.model_id for codec in codecs.values()])
+                credentials = _cloud_credentials(settings, server.reload_metrics)
+                model_ids = [codec.model_id for codec in codecs.values()]
+                edge.uplink = _uplink(settings, credentials, spool, metrics, model_ids)
                 edge.uplink.start()
+                edge.renewal = asyncio.create_task(credentials.watch(edge.uplink.renew))
             await server.set_serving(SERVICE, True)
         except BaseException:
             await edge.close()
@@ -102,6 +107,8 @@ class Edge:
 
     async def close(self) -> None:
         """Ends everything: what is spooled stays, what waits for an acknowledgement waits a moment longer."""
+        if self.renewal is not None:
+            self.renewal.cancel()
         if self.uplink is not None:
             await self.uplink.close(LAST_ACKS_S)
         await self.server.close()
@@ -152,23 +159,31 @@ def _spool_limits(settings: EdgeSettings) -> Limits:
     )
 
 
-def _uplink(settings: EdgeSettings, spool: Spool, metrics: EdgeMetrics, model_ids: list[str]) -> Uplink:
+def _cloud_credentials(settings: EdgeSettings, metrics: ReloadMetrics) -> tls.RenewedCredentials:
+    """Raises InvalidSettings where they are wrong now; files that are wrong later change nothing."""
     tls.split_address(settings.cloud, "cloud")
+    return tls.RenewedCredentials(
+        settings.cloud,
+        settings.cloud_ca,
+        settings.cloud_certificate,
+        settings.cloud_key,
+        insecure=settings.cloud_insecure,
+        setting="cloud",
+        token=settings.cloud_token,
+        metrics=metrics,
+    )
 
-    def credentials() -> grpc.ChannelCredentials | None:
-        return tls.channel_credentials(
-            settings.cloud,
-            settings.cloud_ca,
-            settings.cloud_certificate,
-            settings.cloud_key,
-            insecure=settings.cloud_insecure,
-            setting="cloud",
-        )
 
+def _uplink(
+    settings: EdgeSettings,
+    credentials: tls.RenewedCredentials,
+    spool: Spool,
+    metrics: EdgeMetrics,
+    model_ids: list[str],
+) -> Uplink:
     def open_channel() -> grpc.aio.Channel:
-        return tls.open_channel(settings.cloud, credentials(), max_message_bytes=int(settings.max_message_bytes))
+        return tls.open_channel(settings.cloud, credentials.get(), max_message_bytes=int(settings.max_message_bytes))
 
-    credentials()  # settings that are wrong now are an error at start; files that vanish later are tried again
     return Uplink(
         spool,
         metrics,

@@ -29,6 +29,7 @@ from shared.codec.types import QUALITY_STEP, quality_to_steps
 from shared.errors import InvalidImage, InvalidInput, SightlineError, TooLarge, Unavailable, UnknownModel
 from shared.logs import facts, frame_id
 from shared.rpc import status
+from shared.rpc.access import caller
 
 _log = logging.getLogger("sightline.edge")
 _CAMERA_ID = re.compile(NAME_PATTERN)
@@ -153,6 +154,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         start = time.perf_counter()
         try:
             order = self._read_order(request)
+            caller().require("send", order.camera_id)
             picture = self._read_picture(request)
             async with self._engine.admitted(picture, wait=wait_for_room):
                 self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)

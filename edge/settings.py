@@ -126,6 +126,9 @@ class EdgeSettings(ServerSettings):
     cloud_ca: Path | None = Field(default=None, description="PEM file: authority of the cloud's certificate (TLS)")
     cloud_certificate: Path | None = Field(default=None, description="PEM file: this edge's certificate (mTLS)")
     cloud_key: Path | None = Field(default=None, description="PEM file: private key of cloud_certificate")
+    cloud_token: Path | None = Field(
+        default=None, description="file with this edge's bearer token, instead of a certificate (TLS only)"
+    )
     uplink_backoff_max_s: float = Field(
         default=30.0, ge=0.1, le=3600, description="longest pause between two attempts to reach the cloud, seconds"
     )

@@ -75,6 +75,12 @@ class Uplink:
         """Begins to connect and send."""
         self._tasks = [asyncio.create_task(self._connect_for_ever()), asyncio.create_task(self._finish_for_ever())]
 
+    def renew(self) -> None:
+        """Goes on with a new channel, as when the cloud drains: the files that one is made of have changed."""
+        for session in self._running:
+            session.ask_to_drain()
+        self.look_again_now()
+
     async def close(self, grace_s: float) -> None:
         """Sends nothing new, waits at most `grace_s` for acknowledgements of what is under way, and ends."""
         if self._tasks:

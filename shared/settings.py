@@ -132,6 +132,17 @@ class ServerSettings(Settings):
     tls_client_ca: Path | None = Field(
         default=None, description="PEM file: clients must show a certificate of this authority (mTLS)"
     )
+    policy: Path | None = Field(
+        default=None,
+        description="TOML file: which identity may send for which cameras, see which detections, administer; read anew "
+        "when it changes. None: over TLS, whoever has a certificate of tls_client_ca may send and subscribe",
+    )
+    max_connections: int = Field(
+        default=4096, ge=1, le=1_000_000, description="connections at once; more are closed when they come"
+    )
+    max_streams_connection: int = Field(
+        default=128, ge=1, le=100_000, description="calls at once on one connection; more wait at the caller"
+    )
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )

@@ -44,9 +44,12 @@ class EventFilter:
     category_ids: frozenset[int]
     min_score: float
     outcomes: frozenset[int]
+    may_see: Callable[[str], bool] = lambda _: True  # a camera, by the policy in force; may raise PermissionDenied
 
     @classmethod
-    def from_proto(cls, message: detection_pb2.EventFilter) -> "EventFilter":
+    def from_proto(
+        cls, message: detection_pb2.EventFilter, may_see: Callable[[str], bool] = lambda _: True
+    ) -> "EventFilter":
         """Raises InvalidInput if the score is not in [0, 1]."""
         if not 0.0 <= message.min_score <= 1.0:  # also false for NaN
             raise InvalidInput(f"min_score must be in [0, 1], got {message.min_score}")
@@ -55,11 +58,14 @@ class EventFilter:
             frozenset(message.category_ids),
             message.min_score,
             frozenset(message.outcomes),
+            may_see,
         )
 
     def apply(self, record: Record) -> detection_pb2.DetectionEvent | None:
         """The record's event with what the filter leaves of it, or None if it hides it."""
         if self.camera_ids and record.name.camera not in self.camera_ids:
+            return None
+        if not self.may_see(record.name.camera):
             return None
         event = detection_pb2.DetectionEvent.FromString(record.event)
         if self.outcomes and event.outcome not in self.outcomes:

@@ -1,4 +1,4 @@
-"""What happens around every call: it is counted and timed from first to last message, and its error gets a status.
+"""What happens around every call: counted and timed from first to last message, its caller known, its error a status.
 
 The names are those of go-grpc-prometheus, which dashboards know:
 
@@ -28,6 +28,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from shared.errors import SightlineError, Unavailable
 from shared.metrics import SECONDS_BUCKETS
 from shared.rpc import status
+from shared.rpc.access import Access
 
 _log = logging.getLogger("sightline.rpc")
 _LABELS = ["grpc_type", "grpc_service", "grpc_method"]
@@ -38,8 +39,9 @@ _ABOUT_THE_SERVER = ("grpc.health.", "grpc.reflection.")
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Counts, times and maps errors; see the head of this module."""
 
-    def __init__(self, registry: CollectorRegistry, draining: asyncio.Event) -> None:
+    def __init__(self, registry: CollectorRegistry, draining: asyncio.Event, access: Access) -> None:
         self._draining = draining
+        self._access = access
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -76,7 +78,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
                 with self._observed(labels, context):
                     try:
-                        self._admit(labels)
+                        self._admit(labels, context)
                         async for response in behaviour(request, context):
                             yield response
                     except Exception as error:
@@ -87,16 +89,17 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Any) -> Any:
             with self._observed(labels, context):
                 try:
-                    self._admit(labels)
+                    self._admit(labels, context)
                     return await behaviour(request, context)
                 except Exception as error:
                     await _end(context, error)
 
         return call
 
-    def _admit(self, labels: tuple[str, str, str]) -> None:
+    def _admit(self, labels: tuple[str, str, str], context: Any) -> None:
         if self._draining.is_set() and not labels[1].startswith(_ABOUT_THE_SERVER):
             raise Unavailable("the server is stopping; call again, it or another one will answer")
+        self._access.enter(f"/{labels[1]}/{labels[2]}", context)
 
     @contextmanager
     def _observed(self, labels: tuple[str, str, str], context: Any) -> Iterator[None]:

@@ -29,10 +29,13 @@ from prometheus_client import CollectorRegistry, make_wsgi_app, start_wsgi_serve
 from shared.errors import InvalidSettings
 from shared.metrics import build_info
 from shared.rpc import tls
+from shared.rpc.access import Access
 from shared.rpc.interceptors import ServerInterceptor
+from shared.rpc.reload import ReloadMetrics
 from shared.settings import ServerSettings
 
 _log = logging.getLogger("sightline.rpc")
+METADATA_BYTES = 16 << 10
 _LOOP_HANGS_S = 30.0
 _LAST_ANSWERS_S = 0.5
 _REFUSING_S = 0.25  # between the last running call and the end: busy callers learn to call elsewhere
@@ -67,7 +70,8 @@ class Server:
         self.port = 0
         self.metrics_port = 0
         build_info(registry)
-        self._calls = ServerInterceptor(registry, self.draining)
+        self.reload_metrics = ReloadMetrics(registry)
+        self._calls = ServerInterceptor(registry, self.draining, Access(settings.policy, registry, self.reload_metrics))
         self._grpc = grpc.aio.server(
             interceptors=[self._calls],
             options=[
@@ -78,6 +82,12 @@ class Server:
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                # What a stranger can make this server hold, before and without a call of its own.
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.max_allowed_incoming_connections", settings.max_connections),
+                ("grpc.max_concurrent_streams", settings.max_streams_connection),
+                ("grpc.max_metadata_size", METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", 2 * METADATA_BYTES),
             ],
         )
 
@@ -101,6 +111,8 @@ class Server:
             settings.tls_key,
             settings.tls_client_ca,
             insecure=settings.insecure,
+            has_policy=settings.policy is not None,
+            metrics=self.reload_metrics,
         )
         try:
             if credentials is None:

@@ -277,7 +277,7 @@ async def test_a_port_that_is_taken_is_an_error_that_names_the_setting() -> None
         ({"listen": "127.0.0.1:99999"}, "must be host:port"),
         ({"metrics_listen": "0.0.0.0:0"}, "would be open to the network"),
         ({"tls_certificate": "/no/such/file"}, "must be given together"),
-        ({"tls_certificate": "/no/such", "tls_key": "/no/such"}, "must name a readable PEM file"),
+        ({"tls_certificate": "/no/such", "tls_key": "/no/such"}, "must name a readable file"),
         ({"tls_client_ca": "/no/such"}, "needs tls_certificate and tls_key"),
     ],
 )

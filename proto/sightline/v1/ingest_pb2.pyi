@@ -84,7 +84,9 @@ class _RejectReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RejectRe
     REJECT_REASON_TOO_LARGE: _RejectReason.ValueType  # 4
     """Over a limit on pixels or bytes."""
     REJECT_REASON_NOT_AUTHORISED: _RejectReason.ValueType  # 5
-    """This edge may not send for this camera."""
+    """This edge may not send for this camera. The one reason that leaves no record in the cloud's log, where the name is
+    the camera's owner's to use.
+    """
     REJECT_REASON_TASK_FAILED: _RejectReason.ValueType  # 6
     """A task model failed on this frame more than once."""
 
@@ -102,7 +104,9 @@ REJECT_REASON_SYMBOLS_CRC: RejectReason.ValueType  # 3
 REJECT_REASON_TOO_LARGE: RejectReason.ValueType  # 4
 """Over a limit on pixels or bytes."""
 REJECT_REASON_NOT_AUTHORISED: RejectReason.ValueType  # 5
-"""This edge may not send for this camera."""
+"""This edge may not send for this camera. The one reason that leaves no record in the cloud's log, where the name is
+the camera's owner's to use.
+"""
 REJECT_REASON_TASK_FAILED: RejectReason.ValueType  # 6
 """A task model failed on this frame more than once."""
 Global___RejectReason: _TypeAlias = RejectReason  # noqa: Y015
