@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import bench, certs, compress, detect, info, services, training
+from cli import admin, bench, certs, compress, detect, info, services, training
 from cli.demo import command as demo
 from cli.flags import PASS_ON
 from shared.errors import InvalidQuality, InvalidSettings, SightlineError
@@ -63,6 +63,7 @@ app.command("info", rich_help_panel="Pictures")(info.info)
 app.command("demo", rich_help_panel="Start here")(demo.demo)
 app.command("edge", rich_help_panel="Services", context_settings=PASS_ON)(services.edge)
 app.command("cloud", rich_help_panel="Services", context_settings=PASS_ON)(services.cloud)
+app.add_typer(admin.admin, name="admin", rich_help_panel="Operate", help="Look into a running service, and change it.")
 app.add_typer(
     certs.certs, name="certs", rich_help_panel="Operate", help="Make certificates and tokens for development."
 )

@@ -11,6 +11,7 @@ that torch is given; entropy decoding releases the GIL and scales over frames. N
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class Inference:
         metrics: CloudMetrics,
         unix_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
-        self.codecs: Mapping[str, Codec] = {codec.model_id: codec for codec in codecs}
+        self.codecs: dict[str, Codec] = {codec.model_id: codec for codec in codecs}
+        self._jobs: Counter[str] = Counter()  # frames in work, by model id
         self.tasks: Mapping[str, TaskModel] = {task.name: task for task in tasks}
         self._metrics = metrics
         self._unix_us = unix_us
@@ -126,7 +128,11 @@ class Inference:
             raise InvalidInput(f"no task {unknown[0]!r} here, there are: {', '.join(self.tasks)}")
         job = _Job(bitstream, tuple(tasks), expires_unix_us)
         shape = (bitstream.model_id, bitstream.height, bitstream.width, job.tasks)
-        batched = await self._batcher.submit(camera, shape, job, cost=bitstream.height * bitstream.width)
+        self._jobs[bitstream.model_id] += 1
+        try:
+            batched = await self._batcher.submit(camera, shape, job, cost=bitstream.height * bitstream.width)
+        finally:
+            self._jobs[bitstream.model_id] -= 1
         self._metrics.queue_seconds.observe(batched.queue_s)
         seen = batched.result
         if seen is None:
@@ -135,12 +141,26 @@ class Inference:
 
     def warm_up(self) -> None:
         """Passes one small frame through everything, so that the first real one finds kernels compiled. Blocks."""
-        frame = Frame(np.full((*_WARM_UP_SIZE, 3), 128, np.uint8))
         for codec in self.codecs.values():
-            bitstream = codec.encode(frame)
-            symbols = self._unpackers.submit(codec.unpack, bitstream).result()
-            job = _Job(bitstream, tuple(self.tasks), 0)
-            self._network.submit(self._see, job, [symbols]).result()
+            self._warm_up(codec, tuple(self.tasks))
+
+    def add(self, codec: Codec) -> None:
+        """Takes one more bundle into use, once it has decoded a small frame beside what runs. Blocks."""
+        self._warm_up(codec, ())
+        self.codecs = {**self.codecs, codec.model_id: codec}
+
+    def busy_with(self, model_id: str) -> bool:
+        """Whether frames of a bundle wait or are in work."""
+        return self._jobs[model_id] > 0
+
+    def remove(self, model_id: str) -> None:
+        """Frees a bundle that nothing is busy with."""
+        self.codecs = {each: codec for each, codec in self.codecs.items() if each != model_id}
+
+    def _warm_up(self, codec: Codec, tasks: tuple[str, ...]) -> None:
+        bitstream = codec.encode(Frame(np.full((*_WARM_UP_SIZE, 3), 128, np.uint8)))
+        symbols = self._unpackers.submit(codec.unpack, bitstream).result()
+        self._network.submit(self._see, codec, tasks, [symbols]).result()
 
     async def _run(self, jobs: Sequence[_Job]) -> list[_Seen | Exception | None]:
         loop = asyncio.get_running_loop()
@@ -163,7 +183,9 @@ class Inference:
         if good:
             symbols = [each for _, each, _ in good]
             try:
-                frames, outputs, synthesise_s = await loop.run_in_executor(self._network, self._see, jobs[0], symbols)
+                frames, outputs, synthesise_s = await loop.run_in_executor(
+                    self._network, self._see, self.codecs[jobs[0].bitstream.model_id], jobs[0].tasks, symbols
+                )
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise Overloaded(f"no memory for a batch of {len(symbols)} frames: {error}") from error
             for (i, _, unpack_s), frame, found in zip(good, frames, outputs, strict=True):
@@ -177,15 +199,17 @@ class Inference:
         self._metrics.decode_seconds.labels("unpack").observe(taken_s)
         return symbols, taken_s
 
-    def _see(self, job: _Job, symbols: Sequence[Symbols]) -> tuple[list[Frame], list[tuple[TaskOutput, ...]], float]:
-        """Pictures and what each task sees in them. `job` stands for the batch: model and tasks are the same in all."""
+    def _see(
+        self, codec: Codec, tasks: Sequence[str], symbols: Sequence[Symbols]
+    ) -> tuple[list[Frame], list[tuple[TaskOutput, ...]], float]:
+        """The pictures of a batch, and what each task sees in them."""
         start = time.perf_counter()
-        frames = self.codecs[job.bitstream.model_id].synthesise(symbols)
+        frames = codec.synthesise(symbols)
         synthesise_s = time.perf_counter() - start
         self._metrics.decode_seconds.labels("synthesise").observe(synthesise_s)
         images = [torch.from_numpy(frame.rgb).permute(2, 0, 1) for frame in frames]
         by_task = []
-        for name in job.tasks:
+        for name in tasks:
             start = time.perf_counter()
             found = self.tasks[name].predict(images)
             task_s = time.perf_counter() - start

@@ -70,12 +70,17 @@ class IngestService(ingest_pb2_grpc.IngestServiceServicer):
         self._draining = draining
         self._metrics = metrics
         self._pipeline: Pipeline | None = None
-        self._streams = 0
+        self._streams: set[_UploadStream] = set()
         self._no_streams = asyncio.Event()
         self._no_streams.set()
 
     def open(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
+
+    @property
+    def streams(self) -> "list[_UploadStream]":
+        """Those that are open."""
+        return list(self._streams)
 
     async def until_idle(self) -> None:
         """Returns when no upload stream is open."""
@@ -87,14 +92,15 @@ class IngestService(ingest_pb2_grpc.IngestServiceServicer):
         context: "grpc.aio.ServicerContext[ingest_pb2.UploadRequest, ingest_pb2.UploadResponse]",
     ) -> None:
         pipeline = self._ready()
-        self._streams += 1
+        stream = _UploadStream(pipeline, self._cloud_id, self._limits, self._draining, context)
+        self._streams.add(stream)
         self._no_streams.clear()
-        self._metrics.upload_streams.set(self._streams)
+        self._metrics.upload_streams.set(len(self._streams))
         try:
-            await _UploadStream(pipeline, self._cloud_id, self._limits, self._draining, context).run(request_iterator)
+            await stream.run(request_iterator)
         finally:
-            self._streams -= 1
-            self._metrics.upload_streams.set(self._streams)
+            self._streams.discard(stream)
+            self._metrics.upload_streams.set(len(self._streams))
             if not self._streams:
                 self._no_streams.set()
 
@@ -140,6 +146,7 @@ class _UploadStream:
         self._draining = draining
         self._context = context
         self._caller = caller()
+        self.frames = 0  # that came, tombstones included
         self._edge_id = ""
         self._models: dict[int, str] = {}
         self._sources: dict[int, tuple[str, int]] = {}
@@ -153,6 +160,25 @@ class _UploadStream:
         self._ending = False  # DRAIN was said: no more credit
         self._closing = False  # all is answered: the writer ends when it has written that
         self._news = asyncio.Event()
+
+    @property
+    def edge_id(self) -> str:
+        """The name that the edge gave itself, "" before its hello."""
+        return self._edge_id
+
+    @property
+    def identity(self) -> str:
+        return self._caller.name
+
+    @property
+    def held_frames(self) -> int:
+        """Frames that are not answered yet."""
+        return len(self._work)
+
+    @property
+    def model_ids(self) -> set[str]:
+        """Bundles that the edge spoke of."""
+        return set(self._models.values())
 
     async def run(self, requests: AsyncIterator[ingest_pb2.UploadRequest]) -> None:
         """Raises InvalidInput where the edge breaks the protocol."""
@@ -293,6 +319,10 @@ class _UploadStream:
         if not self._may_send(name):
             self._start(key, _not_authorised(name), received.payload_bytes)
             return
+        wait_s = self._caller.turn_in_s()
+        if wait_s > 0:
+            self._start(key, _too_fast(wait_s), received.payload_bytes)
+            return
         self._acks.setdefault(key, _ack(key, Verdict(ingest_pb2.ACK_STATE_RECEIVED)))
         self._start(key, self._pipeline.process(received), received.payload_bytes)
 
@@ -332,6 +362,7 @@ class _UploadStream:
             raise InvalidInput(
                 f"a frame came without credit: {self._credit_frames} frames and {self._credit_bytes} bytes were left"
             )
+        self.frames += 1
         self._credit_frames -= 1
         self._credit_bytes -= payload_bytes
 
@@ -393,6 +424,15 @@ async def _not_authorised(name: FrameName) -> Verdict:
         common_pb2.OUTCOME_REJECTED,
         reject_reason=ingest_pb2.REJECT_REASON_NOT_AUTHORISED,
         detail=f"{caller().name} may not send for camera {name.camera!r}",
+    )
+
+
+async def _too_fast(wait_s: float) -> Verdict:
+    return Verdict(
+        ingest_pb2.ACK_STATE_RETRY_LATER,
+        retry_reason=ingest_pb2.RETRY_REASON_OVERLOADED,
+        retry_after_ms=max(1, round(wait_s * 1e3)),
+        detail=f"{caller().name} sends more frames per second than one caller may",
     )
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 import grpc
 import torch
 from prometheus_client import CollectorRegistry
-from sightline.v1 import detection_pb2_grpc, ingest_pb2_grpc
+from sightline.v1 import admin_pb2_grpc, detection_pb2_grpc, ingest_pb2_grpc
 
+from cloud.admin import BundleAdmin, CloudAdmin
 from cloud.detections.sqlite import SqliteLog
 from cloud.inference import Inference
 from cloud.ingest import IngestService
@@ -46,11 +47,13 @@ async def serve(settings: CloudSettings) -> None:
         INGEST: functools.partial(ingest_pb2_grpc.add_IngestServiceServicer_to_server, ingest),
         DETECTION: functools.partial(detection_pb2_grpc.add_DetectionServiceServicer_to_server, detection),
     }
-    server = Server(settings, services, registry=registry, draining=draining)
+    bundles = BundleAdmin(ingest, functools.partial(load_codec, settings), metrics)
+    admin = admin_services(ingest, detection, bundles)
+    server = Server(settings, services, registry=registry, draining=draining, admin=admin)
     async with stop_on_signal() as stop:
         try:
             await server.start()
-            await _run(settings, server, ingest, detection, metrics, stop)
+            await _run(settings, server, ingest, detection, bundles, metrics, stop)
         finally:
             await server.close()
 
@@ -60,6 +63,7 @@ async def _run(
     server: Server,
     ingest: IngestService,
     detection: DetectionService,
+    bundles: BundleAdmin,
     metrics: CloudMetrics,
     stop: asyncio.Event,
 ) -> None:
@@ -85,6 +89,7 @@ async def _run(
         )
         ingest.open(pipeline)
         detection.open(pipeline, log)
+        bundles.open(inference)
         for service in (INGEST, DETECTION):
             await server.set_serving(service, True)
         server.announce(log_id=log.log_id, models=sorted(inference.codecs), tasks=list(inference.tasks))
@@ -111,11 +116,31 @@ async def end_subscriptions(
     detection.stop.set()
 
 
+def admin_services(
+    ingest: IngestService, detection: DetectionService, bundles: BundleAdmin
+) -> dict[str, Callable[[grpc.aio.Server], None]]:
+    """What the admin port serves, by name."""
+    cloud = CloudAdmin(ingest, detection)
+    return {
+        "sightline.v1.CloudAdminService": functools.partial(
+            admin_pb2_grpc.add_CloudAdminServiceServicer_to_server, cloud
+        ),
+        "sightline.v1.BundleAdminService": functools.partial(
+            admin_pb2_grpc.add_BundleAdminServiceServicer_to_server, bundles
+        ),
+    }
+
+
+def load_codec(settings: CloudSettings, reference: str) -> Codec:
+    """Blocks. Raises UnknownModel, InvalidBundle."""
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return Codec.load(reference, device=settings.device, dtype=dtype)
+
+
 def load_inference(settings: CloudSettings, metrics: CloudMetrics) -> Inference:
     """Loads and warms up codecs and task models. Blocks. Raises UnknownModel, InvalidBundle, Unavailable."""
     cores = len(os.sched_getaffinity(0))
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    codecs = [Codec.load(name, device=settings.device, dtype=dtype) for name in settings.model_references]
+    codecs = [load_codec(settings, name) for name in settings.model_references]
     threads = settings.threads or cores
     tasks = [load_task(name, device=settings.device, threads=threads) for name in settings.all_task_names]
     for codec in codecs:

@@ -32,7 +32,7 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
         self._max_subscribers = max_subscribers
         self._metrics = metrics
         self._opened: tuple[Pipeline, DetectionLog] | None = None
-        self._subscriptions: set[Subscription] = set()
+        self._subscriptions: dict[Subscription, str] = {}  # and the consumer's identity
         metrics.subscribers.set_function(lambda: len(self._subscriptions))
         metrics.subscriber_lag.set_function(
             lambda: max((subscription.lag for subscription in tuple(self._subscriptions)), default=0)
@@ -40,6 +40,11 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
 
     def open(self, pipeline: Pipeline, log: DetectionLog) -> None:
         self._opened = pipeline, log
+
+    @property
+    def subscriptions(self) -> dict[Subscription, str]:
+        """Those that are open, and whose."""
+        return dict(self._subscriptions)
 
     async def Subscribe(  # type: ignore[override]  # grpc.aio takes a coroutine that writes as well as a generator
         self,
@@ -63,11 +68,11 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
             ()
         )  # gRPC cannot abort a call while its first write, with these, is under way
         subscription = Subscription(log, after, event_filter, self._limits)
-        self._subscriptions.add(subscription)
+        self._subscriptions[subscription] = consumer.name
         try:
             await subscription.run(context.write, self.stop)
         finally:
-            self._subscriptions.discard(subscription)
+            del self._subscriptions[subscription]
 
     async def Detect(self, request: detection_pb2.DetectRequest, context: Any) -> detection_pb2.DetectResponse:
         start = time.perf_counter()

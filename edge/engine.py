@@ -19,7 +19,7 @@ from typing import Protocol
 
 from edge import images
 from edge.images import ImageFile, RawPicture
-from shared.codec.types import Bitstream, Frame, Symbols
+from shared.codec.types import QUALITY_STEP, Bitstream, Frame, Symbols
 from shared.errors import Overloaded, SightlineError
 
 
@@ -33,10 +33,15 @@ class FrameEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How many bytes to spend: a quality in [1, 8], or the bytes that the file form may have."""
+    """How many bytes to spend: a quality in [1, 8], or the bytes that the file form may have.
+
+    `lowest` and `highest`: qualities that the search for `target_bytes` is held to, whatever it finds.
+    """
 
     quality: float = 0.0
     target_bytes: int = 0
+    lowest: float = 1.0
+    highest: float = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +171,11 @@ class Engine:
         """On the transform thread."""
         encoder, rate = self._encoders[batch[0].model_id], batch[0].rate
         if rate.target_bytes:
-            return [encoder.encode_to_size(batch[0].frame, rate.target_bytes)]
+            found = encoder.encode_to_size(batch[0].frame, rate.target_bytes)
+            quality = min(max(found.quality / QUALITY_STEP, rate.lowest), rate.highest)
+            if quality == found.quality / QUALITY_STEP:
+                return [found]
+            return encoder.analyse([batch[0].frame], quality)
         return encoder.analyse([job.frame for job in batch], rate.quality)
 
     def _next_batch(self) -> list[_Job]:

@@ -19,6 +19,7 @@ What a picture means:
 
 import io
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -56,10 +57,11 @@ class PixelFormat(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """`max_side` in pixels, at most 8192; `max_pixels` is width times height."""
+    """`max_side` in pixels, at most 8192; `max_pixels` is width times height; `max_decode_s` of a file's decoder."""
 
     max_side: int = MAX_SIDE
     max_pixels: int = 40_000_000
+    max_decode_s: float = 10.0
 
     def check(self, width: int, height: int) -> None:
         """Raises InvalidImage for a picture without pixels, TooLarge over a limit."""
@@ -79,6 +81,21 @@ class ImageFile:
     width: int
     height: int
     data: bytes
+    max_decode_s: float
+
+
+class _TimedFile(io.BytesIO):
+    """A file whose reader is stopped when its time is over: decoders read on as they work, 64 KiB at a time."""
+
+    def __init__(self, data: bytes, max_s: float) -> None:
+        super().__init__(data)
+        self._max_s = max_s
+        self._end = time.monotonic() + max_s
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.monotonic() > self._end:
+            raise TooLarge(f"expected a picture that is decoded within {self._max_s:g} s, this one takes longer")
+        return super().read(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +120,7 @@ def open_file(data: bytes, limits: ImageLimits) -> ImageFile:
     limits.check(width, height)
     if form == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
         raise TooLarge(f"expected a JPEG file of at most {MAX_JPEG_SCANS} scans, got {scans}")
-    return ImageFile(form, width, height, data)
+    return ImageFile(form, width, height, data, limits.max_decode_s)
 
 
 def open_raw(pixel_format: PixelFormat, width: int, height: int, data: bytes, limits: ImageLimits) -> RawPicture:
@@ -123,7 +140,7 @@ def open_raw(pixel_format: PixelFormat, width: int, height: int, data: bytes, li
 
 
 def decode(picture: ImageFile | RawPicture) -> Frame:
-    """The pixels. Pure and slow, so call it off the event loop. Raises InvalidImage."""
+    """The pixels. Pure and slow, so call it off the event loop. Raises InvalidImage, TooLarge."""
     return _decode_file(picture) if isinstance(picture, ImageFile) else _decode_raw(picture)
 
 
@@ -185,7 +202,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _decode_file(file: ImageFile) -> Frame:
     try:
-        with Image.open(io.BytesIO(file.data), formats=(file.form.upper(),)) as image:
+        with Image.open(_TimedFile(file.data, file.max_decode_s), formats=(file.form.upper(),)) as image:
             if image.size != (file.width, file.height):
                 raise InvalidImage(
                     f"expected the {file.width}x{file.height} pixels of the {file.form} header, "
@@ -194,7 +211,7 @@ def _decode_file(file: ImageFile) -> Frame:
             image.load()
             orientation = _orientation(image)
             rgb = _to_rgb(image)
-    except (InvalidImage, MemoryError):
+    except (InvalidImage, TooLarge, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise InvalidImage(

@@ -1,12 +1,13 @@
 """The edge's own Prometheus metrics. A camera chooses its id, so that label is bounded."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from edge.models import Loaded
 from edge.spool import Stats
 from shared.metrics import BPP_BUCKETS, BYTES_BUCKETS, SECONDS_BUCKETS, BoundedLabel
 
@@ -64,9 +65,7 @@ class EdgeMetrics:
         self.uplink_connects = Counter(
             "sightline_edge_uplink_connects", "Upload streams opened, by how they ended.", ["end"], registry=registry
         )
-        self.model_info = Gauge(
-            "sightline_edge_model_info", "Codec bundles loaded.", ["model_id", "name"], registry=registry
-        )
+        self._registry = registry
         self._gauge(registry, "spool_frames", "Frames without a final acknowledgement.", lambda: spool().frames)
         self._gauge(registry, "spool_used_bytes", "Pages of the spool in use.", lambda: spool().used_bytes)
         self._gauge(registry, "spool_writable", "0 while the disk is full or broken.", lambda: spool().writable)
@@ -75,9 +74,26 @@ class EdgeMetrics:
         )
         registry.register(_SpoolTally(spool))
 
+    def follow_models(self, loaded: Callable[[], Sequence[Loaded]]) -> None:
+        """Shows the bundles that are loaded now, which may change."""
+        self._registry.register(_ModelInfo(loaded))
+
     @staticmethod
     def _gauge(registry: CollectorRegistry, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"sightline_edge_{name}", text, registry=registry).set_function(value)
+
+
+class _ModelInfo(Collector):
+    """One sample a bundle, gone when it is."""
+
+    def __init__(self, loaded: Callable[[], Sequence[Loaded]]) -> None:
+        self._loaded = loaded
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        info = GaugeMetricFamily("sightline_edge_model_info", "Codec bundles loaded.", labels=["model_id", "name"])
+        for each in self._loaded():
+            info.add_metric([each.codec.model_id, each.codec.bundle.name], 1)
+        return [info]
 
 
 class _SpoolTally(Collector):

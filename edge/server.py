@@ -8,16 +8,21 @@ The cloud need not be there: pictures are encoded and spooled, and sent when it 
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import grpc
 import torch
 from prometheus_client import CollectorRegistry
-from sightline.v1 import edge_pb2_grpc
+from sightline.v1 import admin_pb2_grpc, edge_pb2_grpc
 
 from edge import images
+from edge.admin import BundleAdmin, EdgeAdmin
+from edge.control import Control
 from edge.engine import Engine
 from edge.images import ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
+from edge.models import Models
 from edge.service import Defaults, EdgeService
 from edge.settings import EdgeSettings
 from edge.spool import Spool
@@ -73,30 +78,31 @@ class Edge:
         spool = Spool(settings.data_dir / "spool.sqlite", _spool_limits(settings))
         registry = CollectorRegistry()
         metrics = EdgeMetrics(registry, lambda: spool.stats)
-        for name, codec in codecs.items():
-            metrics.model_info.labels(codec.model_id, name).set(1)
+        models = Models(codecs)
+        metrics.follow_models(models.loaded)
+        control = Control(settings.data_dir / "control.json", settings.max_cameras)
         engine = Engine(
-            {codec.model_id: codec for codec in codecs.values()},
+            models.encoders,
             in_flight_max_bytes=int(settings.in_flight_max_bytes),
             batch_frames=settings.batch_frames,
             batch_pixels=settings.batch_pixels,
             workers=settings.workers,
         )
         draining = asyncio.Event()
-        service = EdgeService(engine, spool, metrics, _defaults(settings, codecs), draining)
+        service = EdgeService(engine, spool, metrics, _defaults(settings, models, control), draining)
         server = Server(
             settings,
             {SERVICE: lambda grpc_server: edge_pb2_grpc.add_EdgeServiceServicer_to_server(service, grpc_server)},
             registry=registry,
             draining=draining,
+            admin=_admin_services(settings, spool, models, control, lambda: edge.uplink),
         )
         edge = cls(server, service, spool, engine, None)
         try:
             await server.start()
             if settings.cloud:
                 credentials = _cloud_credentials(settings, server.reload_metrics)
-                model_ids = [codec.model_id for codec in codecs.values()]
-                edge.uplink = _uplink(settings, credentials, spool, metrics, model_ids)
+                edge.uplink = _uplink(settings, credentials, spool, metrics, models.ids)
                 edge.uplink.start()
                 edge.renewal = asyncio.create_task(credentials.watch(edge.uplink.renew))
             await server.set_serving(SERVICE, True)
@@ -116,34 +122,62 @@ class Edge:
         await self.spool.close()
 
 
-def _load_codecs(settings: EdgeSettings) -> dict[str, Codec]:
-    """By name, the default first; each has coded a small frame, so that no camera waits for a compiler."""
+def _load_codecs(settings: EdgeSettings) -> list[Codec]:
+    """The default first; of different names."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     codecs: dict[str, Codec] = {}
     for reference in settings.models:
-        codec = Codec.load(reference, device=settings.device, dtype=dtype)
+        codec = _load_codec(settings, reference)
         name = codec.bundle.name
         if name in codecs:
             raise InvalidSettings(f"setting models: two bundles are named {name!r}; expected different ones")
-        nv12 = RawPicture(PixelFormat.NV12, 64, 64, bytes(64 * 96))
-        codec.encode(images.decode(nv12), settings.quality)
         codecs[name] = codec
-    return codecs
+    return list(codecs.values())
 
 
-def _defaults(settings: EdgeSettings, codecs: dict[str, Codec]) -> Defaults:
-    models = {name: codec.model_id for name, codec in codecs.items()}
+def _load_codec(settings: EdgeSettings, reference: str) -> Codec:
+    """It has coded a small frame, so that no camera waits for a compiler."""
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    codec = Codec.load(reference, device=settings.device, dtype=dtype)
+    nv12 = RawPicture(PixelFormat.NV12, 64, 64, bytes(64 * 96))
+    codec.encode(images.decode(nv12), settings.quality)
+    return codec
+
+
+def _defaults(settings: EdgeSettings, models: Models, control: Control) -> Defaults:
     return Defaults(
         quality=settings.quality,
-        models=models | {model_id: model_id for model_id in models.values()},
+        models=models,
+        control=control,
         frame_max_age_s=settings.frame_max_age_s,
         delivers=bool(settings.cloud),
-        limits=ImageLimits(settings.max_side, settings.max_pixels),
+        limits=ImageLimits(settings.max_side, settings.max_pixels, settings.max_decode_s),
         max_coded_bytes=int(settings.max_message_bytes) - MESSAGE_OVERHEAD_BYTES,
         stream_window=settings.stream_window,
     )
+
+
+def _admin_services(
+    settings: EdgeSettings, spool: Spool, models: Models, control: Control, uplink: Callable[[], Uplink | None]
+) -> dict[str, Callable[[grpc.aio.Server], None]]:
+    """What the admin port serves, by name. `uplink`: None while there is none."""
+
+    def connected() -> bool:
+        there = uplink()
+        return there is not None and there.connected
+
+    def announce() -> None:
+        there = uplink()
+        if there is not None:
+            there.speak_of(models.ids)
+
+    cameras = EdgeAdmin(control, spool, int(settings.spool_max_bytes), connected)
+    bundles = BundleAdmin(models, spool, lambda reference: _load_codec(settings, reference), announce)
+    return {
+        "sightline.v1.EdgeAdminService": partial(admin_pb2_grpc.add_EdgeAdminServiceServicer_to_server, cameras),
+        "sightline.v1.BundleAdminService": partial(admin_pb2_grpc.add_BundleAdminServiceServicer_to_server, bundles),
+    }
 
 
 def _spool_limits(settings: EdgeSettings) -> Limits:

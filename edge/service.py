@@ -18,15 +18,17 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sightline.v1 import common_pb2, edge_pb2, edge_pb2_grpc
 
 from edge import images
+from edge.control import Control
 from edge.engine import Encoded, Engine, Rate
 from edge.images import ImageFile, ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
+from edge.models import Models
 from edge.settings import NAME_PATTERN
 from edge.spool import Spool, wall_clock_us
 from edge.spool_rows import Draft, Final, Placed
 from shared.codec import bitstream
 from shared.codec.types import QUALITY_STEP, quality_to_steps
-from shared.errors import InvalidImage, InvalidInput, SightlineError, TooLarge, Unavailable, UnknownModel
+from shared.errors import InvalidImage, InvalidInput, SightlineError, TooLarge, Unavailable
 from shared.logs import facts, frame_id
 from shared.rpc import status
 from shared.rpc.access import caller
@@ -46,13 +48,14 @@ _DELIVERIES = frozenset(edge_pb2.Delivery.values())
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request that leaves it open gets. `models`: name or id -> id; the first is the default.
+    """What a request that leaves it open gets, and what an operator has changed.
 
     `frame_max_age_s`: 0 for never. `delivers`: there is a cloud to wait for. `max_coded_bytes`: of a spooled frame.
     """
 
     quality: float
-    models: dict[str, str]
+    models: Models
+    control: Control
     frame_max_age_s: float
     delivers: bool
     limits: ImageLimits
@@ -139,6 +142,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
     ) -> None:
         response = edge_pb2.CompressStreamResponse(request_id=request.request_id)
         try:
+            await caller().turn()
             response.receipt.CopyFrom(await self.answer(request.request, wait_for_room=True))
         except SightlineError as error:
             response.error.CopyFrom(status.to_message(error))
@@ -155,21 +159,28 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         try:
             order = self._read_order(request)
             caller().require("send", order.camera_id)
+            self._defaults.control.require_running(order.camera_id)
             picture = self._read_picture(request)
-            async with self._engine.admitted(picture, wait=wait_for_room):
-                self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)
-                encoded = await self._engine.encode(picture, order.model_id, order.rate)
-            self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)
-            self._observe(encoded)
-            receipt = _receipt(order, encoded)
-            if order.delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE):
-                await self._deliver(order, _content(picture), encoded, receipt)
+            with self._defaults.models.using(order.model_id):
+                receipt = await self._carry_out(order, picture, wait_for_room)
         except SightlineError as error:
             self._metrics.failed.labels(status.code_of(error).name).inc()
             raise
+        self._defaults.control.saw(order.camera_id)
         receipt.timings.total_ms = _ms(time.perf_counter() - start)
         state = edge_pb2.ReceiptState.Name(receipt.state).removeprefix("RECEIPT_STATE_").lower()
         self._metrics.frames.labels(self._metrics.camera(order.camera_id), state).inc()
+        return receipt
+
+    async def _carry_out(self, order: _Order, picture: ImageFile | RawPicture, wait_for_room: bool) -> edge_pb2.Receipt:
+        async with self._engine.admitted(picture, wait=wait_for_room):
+            self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)
+            encoded = await self._engine.encode(picture, order.model_id, order.rate)
+        self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)
+        self._observe(encoded)
+        receipt = _receipt(order, encoded)
+        if order.delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE):
+            await self._deliver(order, _content(picture), encoded, receipt)
         return receipt
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -194,7 +205,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
             max_age_s = _seconds(options.max_age, "max_age")
         return _Order(
             camera_id=camera_id,
-            model_id=self._model_id(options.model_id),
+            model_id=self._defaults.models.resolve(options.model_id),
             rate=self._rate(options),
             return_bitstream=options.return_bitstream,
             delivery=options.delivery,
@@ -209,18 +220,12 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         if rate == "target_bytes":
             if options.target_bytes < 1:
                 raise InvalidInput("target_bytes must be at least 1, got 0")
-            return Rate(target_bytes=options.target_bytes)
+            lowest, highest = self._defaults.control.quality_bounds
+            return Rate(target_bytes=options.target_bytes, lowest=lowest, highest=highest)
         quality = options.quality if rate == "quality" else self._defaults.quality
         # In the steps it is coded in, so that frames that differ by less still share a batch.
-        return Rate(quality=quality_to_steps(quality) / QUALITY_STEP)
-
-    def _model_id(self, reference: str) -> str:
-        models = self._defaults.models
-        if not reference:
-            return next(iter(models.values()))
-        if reference not in models:
-            raise UnknownModel(f"expected a model id or name out of {', '.join(models)}, got {reference!r}")
-        return models[reference]
+        asked = quality_to_steps(quality) / QUALITY_STEP
+        return Rate(quality=self._defaults.control.clamp(asked))
 
     def _read_picture(self, request: edge_pb2.CompressRequest) -> ImageFile | RawPicture:
         kind = request.WhichOneof("image")

@@ -75,6 +75,9 @@ class EdgeSettings(ServerSettings):
     max_pixels: int = Field(
         default=40_000_000, ge=1, le=MAX_SIDE * MAX_SIDE, description="width times height of a picture, pixels"
     )
+    max_decode_s: float = Field(
+        default=10.0, gt=0, le=600, description="longest that the decoding of one picture's file may take, seconds"
+    )
     in_flight_max_bytes: ByteSize = Field(
         default=ByteSize(256 << 20),
         ge=1 << 20,

@@ -150,6 +150,10 @@ class Spool:
 
         await self._do(_Operation(run, then))
 
+    async def holds_model(self, model_id: str) -> bool:
+        """Whether a frame of this bundle still waits for the cloud. Raises Unavailable."""
+        return await self._do(_Operation(lambda file, _: file.holds_model(model_id)))
+
     async def close(self) -> None:
         """Does what was asked for, folds the WAL into the file and lets go of it."""
         self._operations.put(None)

@@ -230,6 +230,11 @@ class SpoolFile:
         entries += [self._end(*end, now_us=now_us) for end in ends]
         return sorted(entries, key=lambda entry: entry.id)
 
+    def holds_model(self, model_id: str) -> bool:
+        """Whether a frame of this bundle is still to be sent."""
+        query = "SELECT EXISTS (SELECT 1 FROM frame WHERE outcome = 0 AND model_id = ?)"
+        return bool(self._db.execute(query, (model_id,)).fetchone()[0])
+
     def finish(self, final: Final, now_us: int) -> None:
         """Forgets a frame that has its final acknowledgement; a rejected one goes into quarantine."""
         row = self._db.execute(

@@ -75,6 +75,16 @@ class Uplink:
         """Begins to connect and send."""
         self._tasks = [asyncio.create_task(self._connect_for_ever()), asyncio.create_task(self._finish_for_ever())]
 
+    @property
+    def connected(self) -> bool:
+        """A stream is open that the cloud has welcomed."""
+        return self._current is not None
+
+    def speak_of(self, model_ids: Sequence[str]) -> None:
+        """From the next stream on, which is opened now, the cloud hears of these bundles."""
+        self.model_ids = list(model_ids)
+        self.renew()
+
     def renew(self) -> None:
         """Goes on with a new channel, as when the cloud drains: the files that one is made of have changed."""
         for session in self._running:

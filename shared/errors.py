@@ -12,6 +12,7 @@
     |- UnknownModel                    FAILED_PRECONDITION  a model id this process does not have
     |- InvalidBundle                   FAILED_PRECONDITION  a weights bundle that cannot be trusted or used
     |- CursorMismatch                  FAILED_PRECONDITION  a cursor of another detection log
+    |- Paused                          FAILED_PRECONDITION  a camera that an operator has paused
     |- CursorExpired                   OUT_OF_RANGE         a cursor older than what the log still keeps
     |- TokenConflict                   ALREADY_EXISTS       an idempotency token used for other content
     |- Unauthenticated                 UNAUTHENTICATED
@@ -71,6 +72,10 @@ class InvalidBundle(SightlineError):
 
 
 class CursorMismatch(SightlineError):
+    status = "FAILED_PRECONDITION"
+
+
+class Paused(SightlineError):
     status = "FAILED_PRECONDITION"
 
 

@@ -70,7 +70,7 @@ class Settings(BaseSettings):
         """The service's own table of a TOML file, {} if it has none. Raises InvalidSettings."""
         try:
             document = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise InvalidSettings(f"setting config: {path} must be a readable TOML file, got: {error}") from None
         table = document.get(cls.table, {})
         if not isinstance(table, dict):
@@ -137,11 +137,27 @@ class ServerSettings(Settings):
         description="TOML file: which identity may send for which cameras, see which detections, administer; read anew "
         "when it changes. None: over TLS, whoever has a certificate of tls_client_ca may send and subscribe",
     )
+    admin_listen: str = Field(
+        default="",
+        description="host:port of the admin services, with the same certificates; port 0 takes a free one, empty "
+        "switches them off. Over TLS a policy must say who may administer",
+    )
     max_connections: int = Field(
         default=4096, ge=1, le=1_000_000, description="connections at once; more are closed when they come"
     )
     max_streams_connection: int = Field(
         default=128, ge=1, le=100_000, description="calls at once on one connection; more wait at the caller"
+    )
+    max_calls: int = Field(default=8192, ge=1, le=1_000_000, description="calls and streams under way at once, in all")
+    max_calls_caller: int = Field(
+        default=256, ge=1, le=1_000_000, description="calls and streams under way at once, of one identity"
+    )
+    rate_caller: float = Field(
+        default=1000.0,
+        ge=0,
+        le=1e6,
+        description="calls and frames per second that one identity may send, with bursts of two seconds' worth; "
+        "0: any number. Callers in plaintext on loopback are not limited",
     )
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"

@@ -139,6 +139,11 @@ class Subscription:
         self._last_message_s = time.monotonic()
 
     @property
+    def given(self) -> int:
+        """Sequence of the last message that the consumer took."""
+        return self._given
+
+    @property
     def lag(self) -> int:
         """Records of the log that this consumer has not been shown or told of."""
         return max(0, self._log.newest - self._given)

@@ -13,14 +13,17 @@ table does not name is refused to everybody while access is controlled; tests/sh
 wire contract.
 """
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 
-from shared.errors import PermissionDenied, SightlineError, Unauthenticated
+from shared.errors import Overloaded, PermissionDenied, SightlineError, Unauthenticated
+from shared.rpc.limits import Budgets, CallLimits
 from shared.rpc.policy import ANONYMOUS, EVERYTHING, LOCAL, SEND_AND_SUBSCRIBE, Permission, Policy, Rights
 from shared.rpc.reload import Reloaded, ReloadMetrics
 
@@ -38,6 +41,22 @@ METHODS: dict[str, Permission | str] = {
     "/sightline.v1.IngestService/ListModels": _ANY_GRANT,
     "/sightline.v1.DetectionService/Subscribe": "subscribe",
     "/sightline.v1.DetectionService/Detect": "subscribe",
+    **{
+        f"/sightline.v1.{method}": "administer"
+        for method in (
+            "BundleAdminService/ListBundles",
+            "BundleAdminService/LoadBundle",
+            "BundleAdminService/RetireBundle",
+            "EdgeAdminService/ListCameras",
+            "EdgeAdminService/PauseCamera",
+            "EdgeAdminService/ResumeCamera",
+            "EdgeAdminService/GetSpool",
+            "EdgeAdminService/GetQualityBounds",
+            "EdgeAdminService/SetQualityBounds",
+            "CloudAdminService/ListUploads",
+            "CloudAdminService/ListConsumers",
+        )
+    },
 }
 
 
@@ -46,8 +65,13 @@ class Access:
     shared.rpc.policy's head."""
 
     def __init__(
-        self, policy_file: Path | None, registry: CollectorRegistry, reload_metrics: ReloadMetrics | None = None
+        self,
+        policy_file: Path | None,
+        limits: CallLimits,
+        registry: CollectorRegistry,
+        reload_metrics: ReloadMetrics | None = None,
     ) -> None:
+        self.budgets = Budgets(limits)
         self.refused = Counter(
             "sightline_rpc_refused",
             "Calls, frames and events refused by who their caller is or how much it asked for.",
@@ -65,19 +89,29 @@ class Access:
     def policy(self) -> Policy | None:
         return None if self._policy is None else self._policy.get()
 
-    def enter(self, method: str, context: Any) -> "Caller":
-        """The caller of `method` ("/package.Service/Method"), which may call it and is `caller()` from now on.
+    @contextmanager
+    def entered(self, method: str, context: Any) -> Iterator[None]:
+        """A call of `method` ("/package.Service/Method"), whose caller may make it and is `caller()` from now on.
 
-        Raises Unauthenticated, PermissionDenied.
+        Raises Unauthenticated, PermissionDenied, Overloaded.
         """
         try:
-            entered = Caller(self, self._identify(context))
+            entered = Caller(self, self._identify(context), _host(context.peer()))
             entered.require_method(method)
         except SightlineError as error:
             self.refused.labels("unauthenticated" if isinstance(error, Unauthenticated) else "permission").inc()
             raise
         _caller.set(entered)
-        return entered
+        if METHODS.get(method) == _ANYBODY:  # probes go on when all else is too much
+            yield
+            return
+        with ExitStack() as call:
+            try:
+                call.enter_context(self.budgets.call(entered.limited_as))
+            except Overloaded:
+                self.refused.labels("limit").inc()
+                raise
+            yield
 
     def _identify(self, context: Any) -> tuple[str, ...]:
         token = _bearer(context.invocation_metadata())
@@ -94,15 +128,16 @@ class Access:
         ]
         if names:
             return tuple(names)
-        in_plaintext = "transport_security_type" not in properties
+        in_plaintext = b"ssl" not in properties.get("transport_security_type", ())
         return (LOCAL if in_plaintext and _is_local_peer(context.peer()) else ANONYMOUS,)
 
 
 class Caller:
     """Who made a call: `identities`, the first of which names it in logs and limits."""
 
-    def __init__(self, access: Access | None, identities: tuple[str, ...]) -> None:
+    def __init__(self, access: Access | None, identities: tuple[str, ...], host: str = "") -> None:
         self.identities = identities
+        self._host = host
         self._access = access
         self._policy: Policy | None = None
         self._rights = EVERYTHING
@@ -110,6 +145,23 @@ class Caller:
     @property
     def name(self) -> str:
         return self.identities[0]
+
+    @property
+    def limited_as(self) -> str:
+        """Whose budget its calls and frames are taken from."""
+        return f"{ANONYMOUS} at {self._host}" if self.name == ANONYMOUS else self.name
+
+    def turn_in_s(self) -> float:
+        """Takes its turn for one more frame of this call, and how long it must wait where it has none (0: taken)."""
+        wait_s = 0.0 if self._access is None else self._access.budgets.wait_s(self.limited_as)
+        if wait_s > 0:
+            self.count_refused("rate")
+        return wait_s
+
+    async def turn(self) -> None:
+        """Returns when it is this caller's turn for one more frame."""
+        while (wait_s := self.turn_in_s()) > 0:  # noqa: ASYNC110 - time is what it waits for
+            await asyncio.sleep(wait_s)
 
     @property
     def rights(self) -> Rights:
@@ -178,6 +230,11 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "replace")
+
+
+def _host(peer: str) -> str:
+    """The address of a peer without its port."""
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
 def _is_local_peer(peer: str) -> bool:

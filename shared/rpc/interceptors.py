@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from shared.errors import SightlineError, Unavailable
+from shared.errors import InvalidInput, SightlineError, Unavailable
 from shared.metrics import SECONDS_BUCKETS
 from shared.rpc import status
 from shared.rpc.access import Access
@@ -70,7 +71,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         kind = kinds.get((handler.request_streaming, handler.response_streaming), "bidi_stream")
         name = _behaviour_field(handler)
         wrapped = self._wrap(getattr(handler, name), (kind, service, method))
-        return handler._replace(**{name: wrapped})
+        reader = _reader(handler.request_deserializer)
+        return handler._replace(request_deserializer=reader, **{name: wrapped})
 
     def _wrap(self, behaviour: Callable[..., Any], labels: tuple[str, str, str]) -> Callable[..., Any]:
         if inspect.isasyncgenfunction(behaviour):
@@ -78,9 +80,9 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
                 with self._observed(labels, context):
                     try:
-                        self._admit(labels, context)
-                        async for response in behaviour(request, context):
-                            yield response
+                        with self._admitted(labels, context):
+                            async for response in behaviour(_checked(request), context):
+                                yield response
                     except Exception as error:
                         await _end(context, error)
 
@@ -89,17 +91,19 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Any) -> Any:
             with self._observed(labels, context):
                 try:
-                    self._admit(labels, context)
-                    return await behaviour(request, context)
+                    with self._admitted(labels, context):
+                        return await behaviour(_checked(request), context)
                 except Exception as error:
                     await _end(context, error)
 
         return call
 
-    def _admit(self, labels: tuple[str, str, str], context: Any) -> None:
+    @contextmanager
+    def _admitted(self, labels: tuple[str, str, str], context: Any) -> Iterator[None]:
         if self._draining.is_set() and not labels[1].startswith(_ABOUT_THE_SERVER):
             raise Unavailable("the server is stopping; call again, it or another one will answer")
-        self._access.enter(f"/{labels[1]}/{labels[2]}", context)
+        with self._access.entered(f"/{labels[1]}/{labels[2]}", context):
+            yield
 
     @contextmanager
     def _observed(self, labels: tuple[str, str, str], context: Any) -> Iterator[None]:
@@ -131,6 +135,46 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             self._idle.set()
         else:
             self._idle.clear()
+
+
+class _Malformed:
+    """Stands for a message whose bytes are none of its type; gRPC would answer UNKNOWN and log a traceback."""
+
+
+_MALFORMED = _Malformed()
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _MALFORMED
+
+    return read
+
+
+class _CheckedRequests:
+    """A stream of requests that ends with InvalidInput at a malformed one."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests.__aiter__()
+
+    def __aiter__(self) -> "_CheckedRequests":
+        return self
+
+    async def __anext__(self) -> Any:
+        return _checked(await self._requests.__anext__())
+
+
+def _checked(request: Any) -> Any:
+    """A request or a stream of them as its handler takes it. Raises InvalidInput."""
+    if request is _MALFORMED:
+        raise InvalidInput("expected a protobuf message of the method's request type, got other bytes")
+    return _CheckedRequests(request) if hasattr(request, "__aiter__") else request
 
 
 def _behaviour_field(handler: Any) -> str:

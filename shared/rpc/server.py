@@ -31,11 +31,13 @@ from shared.metrics import build_info
 from shared.rpc import tls
 from shared.rpc.access import Access
 from shared.rpc.interceptors import ServerInterceptor
+from shared.rpc.limits import CallLimits
 from shared.rpc.reload import ReloadMetrics
 from shared.settings import ServerSettings
 
 _log = logging.getLogger("sightline.rpc")
 METADATA_BYTES = 16 << 10
+HANDSHAKE_S = 10.0
 _LOOP_HANGS_S = 30.0
 _LAST_ANSWERS_S = 0.5
 _REFUSING_S = 0.25  # between the last running call and the end: busy callers learn to call elsewhere
@@ -46,7 +48,8 @@ class Server:
 
     `services`: full name of each service and the function that adds it, e.g.
     {"sightline.v1.EdgeService": lambda server: add_EdgeServiceServicer_to_server(servicer, server)}.
-    `draining` is set when the server is about to stop; long streams must watch it.
+    `admin`: likewise, served on `admin_listen` only. `draining` is set when the server is about to stop; long streams
+    must watch it.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Server:
         *,
         registry: CollectorRegistry,
         draining: asyncio.Event | None = None,
+        admin: dict[str, Callable[[grpc.aio.Server], None]] | None = None,
     ) -> None:
         self._settings = settings
         self._services = services
@@ -68,11 +72,21 @@ class Server:
         self._started = False
         self.draining = draining or asyncio.Event()
         self.port = 0
+        self.admin_port = 0
         self.metrics_port = 0
         build_info(registry)
         self.reload_metrics = ReloadMetrics(registry)
-        self._calls = ServerInterceptor(registry, self.draining, Access(settings.policy, registry, self.reload_metrics))
-        self._grpc = grpc.aio.server(
+        limits = CallLimits(settings.max_calls, settings.max_calls_caller, settings.rate_caller)
+        self._calls = ServerInterceptor(
+            registry, self.draining, Access(settings.policy, limits, registry, self.reload_metrics)
+        )
+        self._grpc = self._server()
+        self._admin_services = admin or {}
+        self._admin: grpc.aio.Server | None = None
+
+    def _server(self) -> grpc.aio.Server:
+        settings = self._settings
+        return grpc.aio.server(
             interceptors=[self._calls],
             options=[
                 ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
@@ -83,7 +97,7 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 # What a stranger can make this server hold, before and without a call of its own.
-                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1e3)),
                 ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.max_concurrent_streams", settings.max_streams_connection),
                 ("grpc.max_metadata_size", METADATA_BYTES),
@@ -104,27 +118,46 @@ class Server:
 
             names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
-        host, port = tls.split_address(settings.listen, "listen")
+        self.port = self._bind(self._grpc, settings.listen, "listen")
+        await self._grpc.start()
+        self._started = True
+        await self._start_admin()
+        self._start_http()
+        self._tasks.append(asyncio.create_task(self._keep_beating()))
+
+    async def _start_admin(self) -> None:
+        address = self._settings.admin_listen
+        if not address or not self._admin_services:
+            return
+        admin = self._server()
+        for add in self._admin_services.values():
+            add(admin)
+        self.admin_port = self._bind(admin, address, "admin_listen")
+        if self._settings.tls_certificate is not None and self._settings.policy is None:
+            raise InvalidSettings("setting admin_listen: over TLS a policy must say who may administer, there is none")
+        await admin.start()
+        self._admin = admin
+
+    def _bind(self, server: grpc.aio.Server, address: str, setting: str) -> int:
+        """The port it listens on. Raises InvalidSettings."""
+        settings = self._settings
+        host, port = tls.split_address(address, setting)
         credentials = tls.server_credentials(
-            settings.listen,
+            address,
             settings.tls_certificate,
             settings.tls_key,
             settings.tls_client_ca,
             insecure=settings.insecure,
             has_policy=settings.policy is not None,
             metrics=self.reload_metrics,
+            setting=setting,
         )
         try:
             if credentials is None:
-                self.port = self._grpc.add_insecure_port(settings.listen)
-            else:
-                self.port = self._grpc.add_secure_port(settings.listen, credentials)
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise InvalidSettings(f"setting listen: cannot listen on {host} port {port}: {error}") from None
-        await self._grpc.start()
-        self._started = True
-        self._start_http()
-        self._tasks.append(asyncio.create_task(self._keep_beating()))
+            raise InvalidSettings(f"setting {setting}: cannot listen on {host} port {port}: {error}") from None
 
     async def set_serving(self, service: str, serving: bool) -> None:
         """What the health service says of one service, and through all of them of the whole server."""
@@ -150,10 +183,14 @@ class Server:
         # What reaches grpc.aio while it stops ends as CANCELLED, which no caller tries again: refuse first.
         await asyncio.sleep(_REFUSING_S)
         # A moment for last answers to leave; health watchers do not end by themselves.
+        if self._admin is not None:
+            await self._admin.stop(0)
         await self._grpc.stop(_LAST_ANSWERS_S)
 
     async def close(self) -> None:
         """Ends what is left at once; also after a start that failed."""
+        if self._admin is not None:
+            await self._admin.stop(0)
         if self._started:  # stopping a grpc.aio server that never started waits for ever
             await self._grpc.stop(0)
         for task in self._tasks:
@@ -165,7 +202,10 @@ class Server:
 
     def announce(self, **facts: object) -> None:
         """Tells the bound ports: a line of JSON on stdout, and the same in `ready_file` where one is set."""
-        line = json.dumps({"ready": True, "port": self.port, "metrics_port": self.metrics_port, **facts})
+        told = {"ready": True, "port": self.port, "metrics_port": self.metrics_port, **facts}
+        if self.admin_port:
+            told["admin_port"] = self.admin_port
+        line = json.dumps(told)
         path = self._settings.ready_file
         if path is not None:
             partial = path.with_name(path.name + ".partial")

@@ -19,13 +19,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from sightline.v1 import detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 from torch import Tensor
 
+from cloud.admin import BundleAdmin
 from cloud.detections.sqlite import SqliteLog
 from cloud.inference import Inference
 from cloud.ingest import IngestService
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline
 from cloud.quarantine import Quarantine
-from cloud.server import DETECTION, INGEST
+from cloud.server import DETECTION, INGEST, admin_services
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.types import Detections, TaskKind
@@ -132,6 +133,8 @@ class RunningCloud:
         )  # fmt: skip
         self.ingest = IngestService(settings.cloud_id, settings.stream_limits, draining, metrics)
         self.detection = DetectionService(settings.subscription_limits, settings.max_subscribers, metrics)
+        bundles = BundleAdmin(self.ingest, lambda reference: Codec.load(reference), metrics)
+        bundles.open(self.inference)
         self.server = Server(
             settings,
             {
@@ -142,6 +145,7 @@ class RunningCloud:
             },
             registry=self.registry,
             draining=draining,
+            admin=admin_services(self.ingest, self.detection, bundles),
         )
         await self.server.start()
         self.ingest.open(self.pipeline)

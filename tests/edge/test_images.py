@@ -253,3 +253,11 @@ def test_damaged_files_give_a_frame_of_their_size_or_a_typed_error(form: str, da
     except SightlineError as error:
         sides = set() if "expected" in str(error) else None
     assert sides == set()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_decoder_that_takes_too_long_is_stopped(cat: Image.Image, form: str) -> None:
+    data = write(cat, form)
+    read(data)
+    with pytest.raises(TooLarge, match="decoded within"):
+        read(data, ImageLimits(max_decode_s=1e-9))

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from sightline.v1 import common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, ingest_pb2
+from sightline.v1 import admin_pb2, common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, ingest_pb2
 
 from shared.errors import InvalidSettings
 from shared.rpc import tls
@@ -137,8 +137,19 @@ async def test_health_asks_for_no_permission_and_unlisted_methods_for_all(author
             assert await call.code() is DENIED
 
 
+async def test_plaintext_on_loopback_is_local_and_may_do_everything_unless_a_policy_says_less(policy: Path) -> None:
+    async with running() as server:
+        assert (await ask(server, None))[1].model_id == "local"
+    async with running(policy=policy) as server:
+        assert (await ask(server, None))[0] is DENIED
+    write(policy, '[[grant]]\nidentity = "local"\nsubscribe = ["yard"]\n')
+    async with running(policy=policy) as server:
+        code, answer = await ask(server, None)
+        assert (code, answer.width, answer.height) == (OK, 0, 1)
+
+
 def test_every_method_of_the_contract_has_its_permission() -> None:
-    files = [module.DESCRIPTOR for module in (common_pb2, detection_pb2, edge_pb2, ingest_pb2)]
+    files = [module.DESCRIPTOR for module in (admin_pb2, common_pb2, detection_pb2, edge_pb2, ingest_pb2)]
     contract = {
         f"/{service.full_name}/{method.name}"
         for file in files
