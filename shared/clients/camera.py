@@ -8,7 +8,7 @@ answer was lost is sent again and gets the first call's receipt. What may be tri
 """
 
 import asyncio
-import time
+import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +23,7 @@ from shared.clients.connection import Connection
 from shared.clients.messages import Picture
 from shared.clients.retry import Attempts, Retry
 from shared.clients.types import CompressOptions, Receipt
-from shared.errors import SightlineError
+from shared.errors import SightlineError, Unavailable
 from shared.rpc.status import from_rpc_error
 
 CALL_S = 60.0
@@ -53,7 +53,7 @@ class CameraClient:
         self._call_s = call_s
         self._channel = connection.open_blocking()
         self._stub = edge_pb2_grpc.EdgeServiceStub(self._channel)
-        self._closed = False
+        self._closed = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +63,7 @@ class CameraClient:
 
     def close(self) -> None:
         """Ends the connection; calls under way fail with Unavailable."""
-        self._closed = True
+        self._closed.set()
         self._channel.close()
 
     def compress(
@@ -113,11 +113,10 @@ class CameraClient:
             try:
                 return messages.receipt(self._stub.Compress(request, timeout=self._call_s).receipt)
             except grpc.RpcError as error:
-                failure = from_rpc_error(error)
-                if self._closed:
-                    raise failure from None
-                pause_s = attempts.failed(failure)
-            time.sleep(pause_s)
+                pause_s = attempts.failed(from_rpc_error(error))
+            except ValueError:  # how gRPC says that its channel was closed
+                raise Unavailable("the client is closed") from None
+            self._closed.wait(pause_s)
 
 
 class AsyncCameraClient:

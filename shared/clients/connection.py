@@ -16,7 +16,8 @@ class Connection:
     """Where to call, and with what.
 
     `address`: host:port. `ca`: PEM file of the authority of the server's certificate; given, the connection is TLS.
-    `certificate` and `key`: PEM files of this client's own certificate (mTLS). `insecure`: allow plaintext to an
+    `certificate` and `key`: PEM files of this client's own certificate (mTLS). `token`: file with a bearer token in its
+    place, read anew for each call (TLS only). `insecure`: allow plaintext to an
     address that is not loopback. `max_message_bytes`: as the server's setting.
     """
 
@@ -24,6 +25,7 @@ class Connection:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    token: Path | None = None
     insecure: bool = False
     max_message_bytes: int = 32 << 20
 
@@ -44,7 +46,13 @@ class Connection:
     def _credentials(self) -> grpc.ChannelCredentials | None:
         tls.split_address(self.address, "address")
         return tls.channel_credentials(
-            self.address, self.ca, self.certificate, self.key, insecure=self.insecure, setting="address"
+            self.address,
+            self.ca,
+            self.certificate,
+            self.key,
+            insecure=self.insecure,
+            setting="address",
+            token=self.token,
         )
 
     def _options(self) -> list[tuple[str, int]]:
