@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from cli import admin, bench, certs, compress, detect, info, services, training
+from cli import admin, bench, camera, certs, compress, detect, info, services, training
 from cli.demo import command as demo
 from cli.flags import PASS_ON
+from cli.watch import command as watch
 from shared.errors import InvalidQuality, InvalidSettings, SightlineError
 
 # What an installation without an extra lacks -> the extra that brings it.
@@ -28,6 +29,8 @@ EXTRA_OF = {
     "bjontegaard": "train",
     "imageio_ffmpeg": "train",
     "constriction": "bench",
+    "av": "camera",
+    "pyarrow": "parquet",
 }
 
 app = typer.Typer(
@@ -61,6 +64,8 @@ app.command("decompress", rich_help_panel="Pictures")(compress.decompress)
 app.command("detect", rich_help_panel="Pictures")(detect.detect)
 app.command("info", rich_help_panel="Pictures")(info.info)
 app.command("demo", rich_help_panel="Start here")(demo.demo)
+app.command("camera", rich_help_panel="Cameras and consumers")(camera.camera)
+app.command("watch", rich_help_panel="Cameras and consumers")(watch.watch)
 app.command("edge", rich_help_panel="Services", context_settings=PASS_ON)(services.edge)
 app.command("cloud", rich_help_panel="Services", context_settings=PASS_ON)(services.cloud)
 app.add_typer(admin.admin, name="admin", rich_help_panel="Operate", help="Look into a running service, and change it.")

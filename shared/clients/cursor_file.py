@@ -31,9 +31,13 @@ class CursorFile:
 
     def save(self, cursor: Cursor) -> None:
         """Notes that everything up to `cursor` was dealt with; written when the last time is `every_s` ago."""
-        self._cursor = cursor
+        self.note(cursor)
         if time.monotonic() - self._written_s >= self._every_s:
             self.flush()
+
+    def note(self, cursor: Cursor) -> None:
+        """As `save`, but only `flush` writes it."""
+        self._cursor = cursor
 
     def flush(self) -> None:
         """Writes what was noted."""

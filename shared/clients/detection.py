@@ -11,12 +11,12 @@ was asked for.
 
 import asyncio
 import logging
-import time
+import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Self
 
 import grpc
-from sightline.v1 import detection_pb2, detection_pb2_grpc
+from sightline.v1 import detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 
 from shared.clients import messages
 from shared.clients.connection import Connection
@@ -65,6 +65,7 @@ def _interrupted(attempts: Attempts, error: SightlineError) -> float:
 
 
 _ENDED = "the server ended the subscription"
+_CLOSED = "the client is closed"
 
 
 class DetectionClient:
@@ -80,7 +81,8 @@ class DetectionClient:
         self._call_s = call_s
         self._channel = connection.open_blocking()
         self._stub = detection_pb2_grpc.DetectionServiceStub(self._channel)
-        self._closed = False
+        self._models = ingest_pb2_grpc.IngestServiceStub(self._channel)
+        self._closed = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +92,7 @@ class DetectionClient:
 
     def close(self) -> None:
         """Ends the connection; subscriptions end, in other threads too."""
-        self._closed = True
+        self._closed.set()
         self._channel.close()
 
     def events(
@@ -120,7 +122,7 @@ class DetectionClient:
         place = _Place(start, event_filter or EventFilter(), cursor_file)
         attempts = Attempts(self._retry)
         try:
-            while not self._closed:
+            while not self._closed.is_set():
                 call = self._stub.Subscribe(place.request())
                 error: SightlineError = Unavailable(_ENDED)
                 try:
@@ -134,8 +136,8 @@ class DetectionClient:
                     error = from_rpc_error(broken)
                 finally:
                     call.cancel()
-                if not self._closed:
-                    time.sleep(_interrupted(attempts, error))
+                if not self._closed.is_set():
+                    self._closed.wait(_interrupted(attempts, error))
         finally:
             place.end()
 
@@ -153,7 +155,23 @@ class DetectionClient:
                 return messages.detected(self._stub.Detect(request, timeout=self._call_s))
             except grpc.RpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
-            time.sleep(pause_s)
+            except ValueError:  # how gRPC says that its channel was closed
+                raise Unavailable(_CLOSED) from None
+            self._closed.wait(pause_s)
+
+    def categories(self) -> dict[int, str]:
+        """Names by COCO category id, of all tasks that the cloud has."""
+        attempts = Attempts(self._retry)
+        while True:
+            try:
+                return messages.categories(
+                    self._models.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s)
+                )
+            except grpc.RpcError as error:
+                pause_s = attempts.failed(from_rpc_error(error))
+            except ValueError:
+                raise Unavailable(_CLOSED) from None
+            self._closed.wait(pause_s)
 
 
 class AsyncDetectionClient:
@@ -168,6 +186,7 @@ class AsyncDetectionClient:
         self._call_s = call_s
         self._channel = connection.open()
         self._stub: Any = detection_pb2_grpc.DetectionServiceStub(self._channel)
+        self._models: Any = ingest_pb2_grpc.IngestServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -235,6 +254,17 @@ class AsyncDetectionClient:
         while True:
             try:
                 return messages.detected(await self._stub.Detect(request, timeout=self._call_s))
+            except grpc.aio.AioRpcError as error:
+                pause_s = attempts.failed(from_rpc_error(error))
+            await asyncio.sleep(pause_s)
+
+    async def categories(self) -> dict[int, str]:
+        """As DetectionClient.categories."""
+        attempts = Attempts(self._retry)
+        while True:
+            try:
+                asked = self._models.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s)
+                return messages.categories(await asked)
             except grpc.aio.AioRpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
             await asyncio.sleep(pause_s)

@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
-from sightline.v1 import common_pb2, detection_pb2, edge_pb2
+from sightline.v1 import common_pb2, detection_pb2, edge_pb2, ingest_pb2
 
 from shared.clients.types import (
     Box,
@@ -153,6 +153,10 @@ def detected(message: detection_pb2.DetectResponse) -> Detected:
         image_png=message.image_png,
         timings=_cloud_timings(message.timings),
     )
+
+
+def categories(message: ingest_pb2.ListModelsResponse) -> dict[int, str]:
+    return {number: name for task in message.tasks for number, name in task.categories.items()}
 
 
 def _options(options: CompressOptions) -> edge_pb2.CompressOptions:
