@@ -1,0 +1,300 @@
+"""A fixed camera's video through edge and cloud, its bits beside x264's and x265's at the same detection result.
+
+    python -m bench.video VIDEO [--frames 60] [--every 1] [--json]
+
+The same pictures are coded by everybody: `--frames` of them, every `--every`th of the file. Sightline's go through real
+edge and cloud processes, one Compress call each, and their detections come back through Subscribe. x264 and x265 (the
+ffmpeg of imageio-ffmpeg, preset medium) code them as a video and the same task model looks at what they decode to:
+"live" as a camera is set, without look-ahead and B pictures and with a key picture every 4 s; "file" with all that they
+have. Parameter sets and SEI are left out of their bits; Sightline's per-picture header is left in its own.
+
+Detection result: agreement with what the task model finds on the uncoded pictures (boxes of score 0.5 and more as the
+truth, COCO's AP over IoU 0.5 to 0.95). A video codec's bits at Sightline's result are read from its curve, interpolated
+in the logarithm of the rate; beyond the curve's ends there is none.
+
+The rows "+ gate" are Sightline behind the camera command's motion gate: pictures in which less than `--motion` percent
+changed are not sent and keep the detections of the last that was.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from rich.console import Console
+from rich.table import Table
+
+from cli.codecs import find_named
+from cli.demo.run import cloud_flags, edge_flags
+from cli.demo.services import Service, service
+from cloud.tasks import load_task
+from cloud.tasks.types import TaskModel
+from edge.motion import MotionGate
+from edge.sources import Grab, Reading, find_source, read, to_rgb
+from shared.clients import CameraClient, CompressOptions, DetectionClient, DetectionEvent, FrameName, Start
+from shared.errors import SightlineError, Unavailable
+from trainer.evaluation.accuracy import as_truth
+from trainer.evaluation.anchors import ffmpeg_program
+from trainer.evaluation.bdrate import front_curve
+from trainer.evaluation.bits import hevc_picture_bits, nal_units
+from trainer.evaluation.detections import as_found
+from trainer.evaluation.matching import Found, match, score
+
+TASK = "faster-rcnn-mobilenetv2"
+QUALITIES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+CRFS = (20, 26, 32, 38, 44, 50)
+KEY_S = 4.0
+MIN_SCORE = 0.1  # the cloud's default, and so everybody's
+CATEGORIES = tuple(range(1, 91))
+_H264_PICTURES = (1, 2, 3, 4, 5)  # NAL unit types of slices, H.264 table 7-1
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One coder at one setting. `agreement`: see the head of this module; `sent`: pictures that cost bits."""
+
+    coder: str
+    setting: float
+    kbit_s: float
+    agreement: float
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Pictures of a fixed camera. `rgb`: uint8 [height, width, 3] each; `fps`: of these pictures."""
+
+    grabs: list[Grab]
+    rgb: list[np.ndarray]
+    fps: float
+
+    def kbit_s(self, bits: int) -> float:
+        return bits / 1000 / (len(self.rgb) / self.fps)
+
+
+def read_clip(path: str, frames: int, every: int) -> Clip:
+    scaler = VideoReformatter()
+    found = read(find_source(path), Reading(hardware="none"), Event())
+    grabs = list(islice(found, 0, frames * every, every))
+    if len(grabs) < 2:
+        raise SightlineError(f"expected at least 2 pictures in {path}, got {len(grabs)}")
+    fps = (len(grabs) - 1) / (grabs[-1].time_s - grabs[0].time_s)
+    return Clip(grabs, [to_rgb(grab.frame, scaler, None) for grab in grabs], fps)
+
+
+def detect(task: TaskModel, pictures: Sequence[np.ndarray]) -> list[Found]:
+    return [
+        as_found(task.predict([torch.from_numpy(rgb).permute(2, 0, 1)], MIN_SCORE)[0], with_masks=False)
+        for rgb in pictures
+    ]
+
+
+def agreement(originals: Sequence[Found], found: Sequence[Found]) -> float:
+    """In [0, 1]."""
+    scores = score(match([as_truth(one) for one in originals], found, CATEGORIES, "box"))
+    return float(np.asarray(scores.ap).reshape(-1)[0])
+
+
+# -- Sightline, through its services --------------------------------------------------------------------------------
+
+
+def through_services(clip: Clip, originals: Sequence[Found], motion: float) -> list[Point]:
+    gate = MotionGate(motion / 100, 10.0)
+    opened = [gate.opens(grab.frame, grab.time_s) for grab in clip.grabs]
+    points = []
+    with tempfile.TemporaryDirectory(prefix="sightline-video-") as name:
+        folder, bundle = Path(name), find_named("detection")
+        with service("cloud", cloud_flags(bundle, TASK, folder), folder) as cloud:
+            wait_ready(cloud)
+            with service("edge", edge_flags(bundle, folder, cloud.address), folder) as edge:
+                wait_ready(edge)
+                for quality in QUALITIES:
+                    sizes, found = send(clip, edge.address, cloud.address, quality)
+                    points.append(
+                        Point(
+                            "sightline", quality, clip.kbit_s(8 * sum(sizes)), agreement(originals, found), len(sizes)
+                        )
+                    )
+                    points.append(gated(points[-1], clip, originals, sizes, found, opened))
+    return points
+
+
+def gated(
+    whole: Point, clip: Clip, originals: Sequence[Found], sizes: list[int], found: list[Found], opened: list[bool]
+) -> Point:
+    kept = [sizes[i] for i, is_open in enumerate(opened) if is_open]
+    last = np.maximum.accumulate([i if is_open else 0 for i, is_open in enumerate(opened)])
+    seen = [found[i] for i in last]
+    rate = clip.kbit_s(8 * sum(kept))
+    return replace(whole, coder="sightline + gate", kbit_s=rate, agreement=agreement(originals, seen), sent=len(kept))
+
+
+def send(clip: Clip, edge: str, cloud: str, quality: float) -> tuple[list[int], list[Found]]:
+    """Every picture's size in bytes and its detections, from the cloud's log."""
+    camera_id = f"bench-{quality:g}"
+    with CameraClient(edge, camera_id, options=CompressOptions(quality=quality)) as camera:
+        receipts = list(camera.compress_many(clip.rgb))
+    names: list[FrameName] = []
+    sizes: list[int] = []
+    for receipt in receipts:
+        if isinstance(receipt, SightlineError):
+            raise receipt
+        assert receipt.frame is not None  # noqa: S101 - it was spooled
+        names.append(receipt.frame)
+        sizes.append(receipt.coded_bytes)
+    missing, events = set(names), {}
+    with DetectionClient(cloud) as consumer:
+        for event in consumer.events(Start.BEGINNING):
+            if event.frame in missing:
+                missing.remove(event.frame)
+                events[event.frame] = found_in(event)
+            if not missing:
+                break
+    return sizes, [events[name] for name in names]
+
+
+def found_in(event: DetectionEvent) -> Found:
+    boxes = [(d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max) for d in event.detections]
+    return Found(
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array([d.score for d in event.detections], np.float32),
+        np.array([d.category_id for d in event.detections], np.int64),
+        None,
+    )
+
+
+def wait_ready(one: Service) -> None:
+    import asyncio
+
+    asyncio.run(one.wait_ready())
+
+
+# -- video codecs ---------------------------------------------------------------------------------------------------
+
+
+def video_points(clip: Clip, task: TaskModel, originals: Sequence[Found], *, live: bool) -> list[Point]:
+    points = []
+    for coder in ("x264", "x265"):
+        for crf in CRFS:
+            stream = encode(clip, coder, crf, live=live)
+            bits = h264_picture_bits(stream) if coder == "x264" else hevc_picture_bits(stream)
+            found = detect(task, decode(clip, stream, coder))
+            name = f"{coder} {'live' if live else 'file'}"
+            points.append(Point(name, crf, clip.kbit_s(bits), agreement(originals, found), len(clip.rgb)))
+    return points
+
+
+def encode(clip: Clip, coder: str, crf: int, *, live: bool) -> bytes:
+    height, width = clip.rgb[0].shape[:2]
+    key = ["-g", str(round(KEY_S * clip.fps)), "-tune", "zerolatency"] if live else []
+    quiet = ["-x265-params", "log-level=error:info=0"] if coder == "x265" else []
+    with tempfile.TemporaryDirectory(prefix="sightline-video-") as folder:
+        out = Path(folder) / "stream"
+        run(
+            [
+                *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{clip.fps:.4f}", "-i", "-"),
+                *("-c:v", f"lib{coder}", "-preset", "medium", "-crf", str(crf), *key, *quiet, "-pix_fmt", "yuv420p"),
+                *("-f", "h264" if coder == "x264" else "hevc", str(out)),
+            ],
+            b"".join(rgb.tobytes() for rgb in clip.rgb),
+        )
+        return out.read_bytes()
+
+
+def decode(clip: Clip, stream: bytes, coder: str) -> list[np.ndarray]:
+    form = "h264" if coder == "x264" else "hevc"
+    raw = run(["-f", form, "-i", "-", "-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-"], stream)
+    pictures = np.frombuffer(raw, np.uint8).reshape(-1, *clip.rgb[0].shape)
+    if len(pictures) != len(clip.rgb):
+        raise SightlineError(f"expected {len(clip.rgb)} pictures from {coder}, got {len(pictures)}")
+    return [picture.copy() for picture in pictures]
+
+
+def run(arguments: list[str], given: bytes) -> bytes:
+    path, _, _ = ffmpeg_program()
+    command = [path, "-hide_banner", "-loglevel", "error", *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise Unavailable(f"ffmpeg ended with {done.returncode}: {done.stderr.decode(errors='replace')[-400:]}")
+    return done.stdout
+
+
+def h264_picture_bits(stream: bytes) -> int:
+    return 8 * sum(len(unit) for unit in nal_units(stream) if unit[0] & 0x1F in _H264_PICTURES)
+
+
+# -- at the same result ---------------------------------------------------------------------------------------------
+
+
+def rate_at(points: Sequence[Point], wanted: float) -> float | None:
+    """kbit/s of a coder at an agreement; None beyond its curve."""
+    front = front_curve([point.kbit_s for point in points], [point.agreement for point in points])
+    if not front.accuracy[0] <= wanted <= front.accuracy[-1]:
+        return None
+    return float(np.exp(np.interp(wanted, front.accuracy, np.log(front.bpp))))
+
+
+def report(points: Sequence[Point], console: Console) -> None:
+    coders = list(dict.fromkeys(point.coder for point in points))
+    peers = [coder for coder in coders if coder.startswith("x")]
+    curves = Table(title="Rate and detection result")
+    for name in ("coder", "setting", "pictures sent", "kbit/s", "agreement"):
+        curves.add_column(name, justify="left" if name == "coder" else "right")
+    for point in points:
+        curves.add_row(
+            point.coder, f"{point.setting:g}", str(point.sent), f"{point.kbit_s:.1f}", f"{point.agreement:.3f}"
+        )
+    console.print(curves)
+    same = Table(title="A video codec's kbit/s at Sightline's detection result (Sightline's rate over its)")
+    same.add_column("coder")
+    for name in ("quality", "kbit/s", *peers):
+        same.add_column(name, justify="right")
+    for point in points:
+        if point.coder.startswith("sightline"):
+            row = []
+            for peer in peers:
+                rate = rate_at([one for one in points if one.coder == peer], point.agreement)
+                row.append("beyond its curve" if rate is None else f"{rate:.1f} ({point.kbit_s / rate:.2f}x)")
+            same.add_row(point.coder, f"{point.setting:g}", f"{point.kbit_s:.1f}", *row)
+    console.print(same)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", help="a video file of a camera that does not move")
+    parser.add_argument("--frames", type=int, default=60)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--motion", type=float, default=0.5, help="percent, as in sightline camera --motion")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    start = time.perf_counter()
+    clip = read_clip(given.video, given.frames, given.every)
+    task = load_task(TASK)
+    originals = detect(task, clip.rgb)
+    points = through_services(clip, originals, given.motion)
+    for live in (True, False):
+        points += video_points(clip, task, originals, live=live)
+    if given.json:
+        print(json.dumps([asdict(point) for point in points], indent=1))
+        return 0
+    console = Console(width=140)
+    height, width = clip.rgb[0].shape[:2]
+    console.print(
+        f"{Path(given.video).name}: {len(clip.rgb)} pictures of {width}x{height}, {clip.fps:.2f} a second; "
+        f"{TASK}; {ffmpeg_program()[1]}; {time.perf_counter() - start:.0f} s"
+    )
+    report(points, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
