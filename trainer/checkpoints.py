@@ -8,6 +8,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def starting_model(reference: str | None, architecture: Architecture | None) -> TrainableCodec:
     """A codec with the weights of a bundle or checkpoint, or fresh ones.
 
-    `architecture`: None takes that of `reference`. Raises InvalidBundle, saying what differs, where they disagree.
+    `architecture`: None takes that of `reference`. A bundle's codec may have fewer latents, for `latents.widened`.
+    Raises InvalidBundle, saying what differs, where they disagree otherwise.
     """
     if reference is None:
         return TrainableCodec(architecture)
@@ -61,8 +63,10 @@ def starting_model(reference: str | None, architecture: Architecture | None) -> 
         load_strictly(model, state.get("average") or state["net"], Path(reference))
         return model
     model = trainable_from_bundle(reference)
-    if architecture is not None and model.arch != architecture:
+    if architecture is not None and replace(model.arch, m=architecture.m) != architecture:
         raise InvalidBundle(f"{reference}: bundle of another architecture: {_differences(model.arch, architecture)}")
+    if architecture is not None and model.arch.m > architecture.m:
+        raise InvalidBundle(f"{reference}: bundle of {model.arch.m} latents, which cannot be made {architecture.m}")
     return model
 
 

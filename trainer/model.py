@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.codec.transforms import (
-    STRIDE_Y,
     AnalysisTransform,
     Architecture,
     HyperAnalysisTransform,
@@ -102,23 +101,6 @@ class TrainableCodec(nn.Module):
         """Say which share of the whole batch this process has; all processes must be seeded alike each step."""
         for part in (self.entropy_bottleneck, self.gaussian):
             part.rank, part.processes = rank, processes
-
-    @torch.no_grad()
-    def start_from_blocks(self, blocks: Tensor, *, gain: float = 4.75) -> None:
-        """Set the linear short cuts to the principal components of 16x16 blocks, and the rest to add nothing.
-
-        `blocks`: float [N, 3, 16, 16] in [0, 1], N well above 768. `gain`: latents a unit of orthonormal coefficient;
-        4.75 makes a quantisation step of 1 the mean squared error that level 4.5 aims at.
-        """
-        flat = blocks.flatten(1).double() - 0.5
-        _, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-        basis = vectors.flip(1)[:, : self.arch.m].T.float()
-        self.g_a.short.weight.copy_(gain * basis.reshape(-1, 3, STRIDE_Y, STRIDE_Y))
-        self.g_s.short.weight.copy_(basis.T[:, :, None, None] / gain)
-        for layer in (self.g_a.short, self.g_s.short, self.g_a.last, self.g_s.last):
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        for layer in (self.g_a.last, self.g_s.last):
-            nn.init.normal_(layer.weight, 0.0, 1e-3)
 
     def medians(self) -> Tensor:
         """Medians of the factorised prior, [1, Z, 1, 1], without gradient."""

@@ -35,7 +35,7 @@ class TrainSettings:
     the weights' average that is exported, 0 for none. `balance_every`: steps between measurements of gradient norms,
     0 for none. `workers`: processes that prepare crops, 0 for none. `cache_bytes`: bound on decoded pictures kept.
     `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device has it in hardware.
-    `architecture`: None takes that of `start_from`, or the default.
+    `architecture`: None takes that of `start_from`, or the default; a bundle's `m` may be raised.
     """
 
     out: Path

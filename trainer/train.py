@@ -33,6 +33,7 @@ from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, 
 from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
+from trainer.latents import start_from_blocks, widened
 from trainer.losses import TaskLoss, codec_terms, gradient_norms
 from trainer.model import TrainableCodec
 from trainer.progress import Monitor
@@ -41,6 +42,7 @@ from trainer.schedule import GradientBalance
 from trainer.settings import TrainSettings, to_toml
 
 QUANTILE_RATE = 1e-3  # the auxiliary loss is convex and apart from the rest; its rate needs no schedule
+LATENT_CROPS = 160
 CALIBRATION_CROPS = 16
 CALIBRATION_SIDE = 320  # pixels; ranges in small crops would miss what lies away from borders
 
@@ -262,11 +264,12 @@ def train_codec(settings: TrainSettings) -> Path:
         torch.set_num_threads(settings.threads)
     pictures = list_pictures(settings.images, settings.annotations)
     torch.manual_seed(settings.seed)
-    codec = starting_model(settings.start_from, settings.architecture).to(memory_format=torch.channels_last)
+    codec = starting_model(settings.start_from, settings.architecture)
     task = None
     if settings.task_loss != "none":
         task = TaskLoss(load_frozen(settings.network, settings.network_weights), settings.task_loss)
     crops = _crops(settings, pictures, masks=task is not None and task.network.wants_masks)
+    codec = _with_latents(settings, codec, crops).to(memory_format=torch.channels_last)
     module = CodecTraining(settings, codec, task)
     if settings.ema:
         module.average = {n: p.detach().clone() for n, p in codec.named_parameters()}
@@ -292,6 +295,18 @@ def train_codec(settings: TrainSettings) -> Path:
     if trainer.is_global_zero:
         _export(settings, module, crops, len(pictures), folder)
     return folder
+
+
+def _with_latents(settings: TrainSettings, codec: TrainableCodec, crops: Crops) -> TrainableCodec:
+    """A fresh codec's latents begin as principal components; a bundle's may be asked to become more."""
+    wanted = codec.arch.m if settings.architecture is None else settings.architecture.m
+    if settings.start_from is not None and codec.arch.m == wanted:
+        return codec
+    pictures = [torch.from_numpy(crops[i][0]).permute(2, 0, 1).float() / 255 for i in range(LATENT_CROPS)]
+    if settings.start_from is not None:
+        return widened(codec, wanted, pictures)
+    start_from_blocks(codec, pictures)
+    return codec
 
 
 def _crops(settings: TrainSettings, pictures: list[Picture], *, masks: bool) -> Crops:
