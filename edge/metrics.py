@@ -59,6 +59,14 @@ class EdgeMetrics:
         self.uplink_sent_frames = Counter(
             "sightline_edge_uplink_sent_frames", "Frames sent, resends included.", registry=registry
         )
+        self.uplink_capacity = Gauge(
+            "sightline_edge_uplink_capacity_bits_per_second",
+            "What the link to the cloud is taken to carry, at most the budget; 0 without a budget.",
+            registry=registry,
+        )
+        self.paced_quality = Gauge(
+            "sightline_edge_paced_quality", "Quality that the last frame got from the budget.", registry=registry
+        )
         self.uplink_acks = Counter(
             "sightline_edge_uplink_acks", "Acknowledgements, by kind and reason.", ["kind", "reason"], registry=registry
         )

@@ -23,6 +23,7 @@ from edge.engine import Engine
 from edge.images import ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
 from edge.models import Models
+from edge.rate import TYPICAL_BPP, Pacing, RateController, is_curve
 from edge.service import Defaults, EdgeService
 from edge.settings import EdgeSettings
 from edge.spool import Spool
@@ -89,7 +90,8 @@ class Edge:
             workers=settings.workers,
         )
         draining = asyncio.Event()
-        service = EdgeService(engine, spool, metrics, _defaults(settings, models, control), draining)
+        pacing = _pacing(settings, models, control, spool, metrics, lambda: edge.uplink)
+        service = EdgeService(engine, spool, metrics, _defaults(settings, models, control, pacing), draining)
         server = Server(
             settings,
             {SERVICE: lambda grpc_server: edge_pb2_grpc.add_EdgeServiceServicer_to_server(service, grpc_server)},
@@ -102,7 +104,7 @@ class Edge:
             await server.start()
             if settings.cloud:
                 credentials = _cloud_credentials(settings, server.reload_metrics)
-                edge.uplink = _uplink(settings, credentials, spool, metrics, models.ids)
+                edge.uplink = _uplink(settings, credentials, spool, metrics, models.ids, pacing)
                 edge.uplink.start()
                 edge.renewal = asyncio.create_task(credentials.watch(edge.uplink.renew))
             await server.set_serving(SERVICE, True)
@@ -145,7 +147,7 @@ def _load_codec(settings: EdgeSettings, reference: str) -> Codec:
     return codec
 
 
-def _defaults(settings: EdgeSettings, models: Models, control: Control) -> Defaults:
+def _defaults(settings: EdgeSettings, models: Models, control: Control, pacing: Pacing | None) -> Defaults:
     return Defaults(
         quality=settings.quality,
         models=models,
@@ -155,6 +157,36 @@ def _defaults(settings: EdgeSettings, models: Models, control: Control) -> Defau
         limits=ImageLimits(settings.max_side, settings.max_pixels, settings.max_decode_s),
         max_coded_bytes=int(settings.max_message_bytes) - MESSAGE_OVERHEAD_BYTES,
         stream_window=settings.stream_window,
+        pacing=pacing,
+    )
+
+
+def _pacing(
+    settings: EdgeSettings,
+    models: Models,
+    control: Control,
+    spool: Spool,
+    metrics: EdgeMetrics,
+    uplink: Callable[[], Uplink | None],
+) -> Pacing | None:
+    """None without a budget. The curve is what the default bundle measured at the end of its training."""
+    if not settings.uplink_budget_bps:
+        return None
+    measured = (models.encoders[models.default].bundle.info.get("tuning_curve") or {}).get("bpp", ())
+
+    def queued_frames() -> int:
+        there = uplink()
+        return max(0, spool.stats.frames - (there.received_frames if there else 0))
+
+    def tell(capacity_bps: float, quality: float) -> None:
+        metrics.uplink_capacity.set(capacity_bps)
+        metrics.paced_quality.set(quality)
+
+    return Pacing(
+        RateController(settings.uplink_budget_bps, measured if is_curve(measured) else TYPICAL_BPP),
+        queued_frames=queued_frames,
+        bounds=lambda: control.quality_bounds,
+        tell=tell,
     )
 
 
@@ -214,6 +246,7 @@ def _uplink(
     spool: Spool,
     metrics: EdgeMetrics,
     model_ids: list[str],
+    pacing: Pacing | None,
 ) -> Uplink:
     def open_channel() -> grpc.aio.Channel:
         return tls.open_channel(settings.cloud, credentials.get(), max_message_bytes=int(settings.max_message_bytes))
@@ -226,4 +259,5 @@ def _uplink(
         model_ids=model_ids,
         backoff_max_s=settings.uplink_backoff_max_s,
         stall_s=settings.uplink_stall_s,
+        on_received=None if pacing is None else pacing.on_received,
     )

@@ -23,6 +23,7 @@ from edge.engine import Encoded, Engine, Rate
 from edge.images import ImageFile, ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
 from edge.models import Models
+from edge.rate import Pacing
 from edge.settings import NAME_PATTERN
 from edge.spool import Spool, wall_clock_us
 from edge.spool_rows import Draft, Final, Placed
@@ -51,6 +52,7 @@ class Defaults:
     """What a request that leaves it open gets, and what an operator has changed.
 
     `frame_max_age_s`: 0 for never. `delivers`: there is a cloud to wait for. `max_coded_bytes`: of a spooled frame.
+    `pacing`: None where the uplink has no budget.
     """
 
     quality: float
@@ -61,6 +63,7 @@ class Defaults:
     limits: ImageLimits
     max_coded_bytes: int
     stream_window: int
+    pacing: Pacing | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,12 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
                 raise InvalidInput("target_bytes must be at least 1, got 0")
             lowest, highest = self._defaults.control.quality_bounds
             return Rate(target_bytes=options.target_bytes, lowest=lowest, highest=highest)
-        quality = options.quality if rate == "quality" else self._defaults.quality
+        pacing = self._defaults.pacing
+        delivers = options.delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE)
+        if rate is None and delivers and pacing is not None:
+            quality = pacing.quality()
+        else:
+            quality = options.quality if rate == "quality" else self._defaults.quality
         # In the steps it is coded in, so that frames that differ by less still share a batch.
         asked = quality_to_steps(quality) / QUALITY_STEP
         return Rate(quality=self._defaults.control.clamp(asked))
@@ -255,6 +263,8 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         placed, final = await self._spool.put(draft, watch=waits)
         spooled_s = time.perf_counter() - start
         self._metrics.spool_seconds.observe(spooled_s)
+        if self._defaults.pacing is not None and not placed.duplicate:
+            self._defaults.pacing.on_spooled(encoded.bitstream)
         _log.debug("spooled", extra=facts(frame=frame_id(order.camera_id, placed.name.epoch, placed.name.seq)))
         receipt.state = edge_pb2.RECEIPT_STATE_SPOOLED
         receipt.frame.CopyFrom(

@@ -33,10 +33,14 @@ FRAMES_AT_ONCE = 32
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome if outcome is not Outcome.NONE}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sent:
+    """`received`: the cloud has it and works on it."""
+
     id: int
     model_id: str
+    size_bytes: int
+    received: bool = False
 
 
 class Session:
@@ -140,8 +144,9 @@ class Session:
     def _claim(self, entry: Entry) -> None:
         """From here on the frame is this session's to send again or to have acknowledged."""
         source = self._sources.setdefault((entry.name.camera_id, entry.name.epoch), len(self._sources))
-        model_id = entry.bitstream.model_id if entry.bitstream else ""
-        self.in_flight[source, entry.name.seq] = _Sent(entry.id, model_id)
+        bits = entry.bitstream
+        model_id, size = (bits.model_id, len(bits.hyper) + len(bits.latents)) if bits else ("", 0)
+        self.in_flight[source, entry.name.seq] = _Sent(entry.id, model_id, size)
 
     async def _send_entry(self, entry: Entry) -> None:
         source = self._sources[entry.name.camera_id, entry.name.epoch]
@@ -224,7 +229,12 @@ class Session:
         key = (ack.source_index, ack.seq)
         sent = self.in_flight.get(key)
         self._uplink.on_ack(ack)
-        if sent is None or ack.state in (ingest_pb2.ACK_STATE_UNSPECIFIED, ingest_pb2.ACK_STATE_RECEIVED):
+        if sent is None or ack.state == ingest_pb2.ACK_STATE_UNSPECIFIED:
+            return
+        if ack.state == ingest_pb2.ACK_STATE_RECEIVED:
+            if not sent.received:
+                self._uplink.on_received(sent.size_bytes)
+            sent.received = True
             return
         del self.in_flight[key]
         if ack.state == ingest_pb2.ACK_STATE_RETRY_LATER:

@@ -51,6 +51,12 @@ class EdgeSettings(ServerSettings):
     quality: float = Field(
         default=4.0, ge=1, le=8, description="quality in [1, 8] for requests that give neither quality nor size"
     )
+    uplink_budget_bps: float = Field(
+        default=0,
+        ge=0,
+        description="bits a second that frames to the cloud may use: quality follows it for requests that give neither "
+        "quality nor size; 0: no bound, the setting quality holds",
+    )
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where transforms run: cpu or cuda[:n]"
     )

@@ -39,7 +39,8 @@ LIVED_S = 10.0  # a stream that lived this long does not count as a failure when
 
 
 class Uplink:
-    """See the head of this module. `open_channel` makes a new channel to the cloud and may raise SightlineError."""
+    """See the head of this module. `open_channel` makes a new channel to the cloud and may raise SightlineError.
+    `on_received` is told the bytes of each frame that the cloud has."""
 
     def __init__(
         self,
@@ -51,11 +52,13 @@ class Uplink:
         model_ids: Sequence[str],
         backoff_max_s: float,
         stall_s: float,
+        on_received: Callable[[int], None] | None = None,
     ) -> None:
         self.edge_id = edge_id
         self.boot_id = random.getrandbits(64)
         self.model_ids = list(model_ids)
         self.stall_s = stall_s
+        self._on_received = on_received
         self._spool = spool
         self._metrics = metrics
         self._open_channel = open_channel
@@ -222,6 +225,16 @@ class Uplink:
     def resends(self, frame_id: int) -> int:
         """How often a frame was under way on a stream that ended."""
         return self._losses.get(frame_id, 0)
+
+    def on_received(self, size_bytes: int) -> None:
+        """The cloud has a frame, not yet its result."""
+        if self._on_received is not None:
+            self._on_received(size_bytes)
+
+    @property
+    def received_frames(self) -> int:
+        """Frames that are at the cloud, which still works on them."""
+        return sum(sent.received for session in self._running for sent in session.in_flight.values())
 
     def on_sent(self, size_bytes: int) -> None:
         self._metrics.uplink_sent_frames.inc()

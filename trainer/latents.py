@@ -36,8 +36,8 @@ def start_from_blocks(codec: TrainableCodec, pictures: Sequence[Tensor]) -> None
     codec.g_s.short.weight.copy_(basis.T[:, :, None, None] / GAIN)
     for layer in (codec.g_a.short, codec.g_s.short, codec.g_a.last, codec.g_s.last):
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    for layer in (codec.g_a.last, codec.g_s.last):
-        nn.init.normal_(layer.weight, 0.0, 1e-3)
+    for layer in (codec.g_a.last, codec.g_s.last):  # the bodies learn from the second step on
+        nn.init.zeros_(layer.weight)
 
 
 @torch.no_grad()

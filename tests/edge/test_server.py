@@ -128,6 +128,22 @@ def test_receipted_frames_survive_sigkill_of_the_edge(tmp_path: Path, small_jpeg
     ]
 
 
+def test_with_a_budget_quality_falls_while_the_cloud_is_away_for_frames_that_leave_it_open(
+    tmp_path: Path, small_jpeg: bytes
+) -> None:
+    with process(tmp_path, cloud="127.0.0.1:1", uplink_budget_bps=20_000) as edge:
+        request = edge_pb2.CompressRequest(camera_id="door", encoded=small_jpeg, options=SPOOLED)
+        open_ones = [edge.stub.Compress(request, timeout=60).receipt.quality for _ in range(40)]
+        request.options.quality = 7
+        assert edge.stub.Compress(request, timeout=60).receipt.quality == 7
+        request.options.ClearField("rate")
+        request.options.delivery = edge_pb2.DELIVERY_NONE
+        assert edge.stub.Compress(request, timeout=60).receipt.quality == 4  # the setting's: nothing is sent
+        assert edge.end()[0] == 0
+    assert open_ones[0] == 8
+    assert open_ones[-1] == 1
+
+
 def test_it_starts_lean() -> None:
     code = (
         "import edge.server, sys\n"
