@@ -247,7 +247,7 @@ class Pipeline:
     async def _reject(self, frame: ReceivedFrame, rejected: _Rejected) -> Verdict:
         reason = ingest_pb2.RejectReason.Name(rejected.reason).removeprefix("REJECT_REASON_").lower()
         detail = str(rejected)
-        await self._quarantine.put(frame.name, reason, detail, frame.edge_id, frame.bitstream)
+        await self._quarantine.put(frame.name, reason, detail, frame.edge_id, frame.bitstream, frame.capture_us)
         event = self._frame_event(frame, common_pb2.OUTCOME_REJECTED)
         event.reason = detail
         verdict = await self._persist(frame.name, event)

@@ -1,7 +1,8 @@
 """Rejected frames, kept for people: what came, from whom and why it could not be used. Bounded, oldest out first.
 
 One SQLite file with one table, written by one thread. A frame is put here before its REJECTED record is logged, so
-that a record of a rejection always has its frame beside it until the bound takes it.
+that a record of a rejection always has its frame beside it until the bound takes it, or until it is delivered again
+(`cloud.replay`).
 """
 
 import asyncio
@@ -9,13 +10,13 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cloud.detections.log import FrameName
 from shared.codec.types import Bitstream
 from shared.errors import Unavailable
+from shared.quarantine import Quarantined
 
 T = TypeVar("T")
 
@@ -24,34 +25,25 @@ CREATE TABLE IF NOT EXISTS frames (
     id INTEGER PRIMARY KEY AUTOINCREMENT, rejected_ns INTEGER NOT NULL, name TEXT NOT NULL UNIQUE,
     reason TEXT NOT NULL, detail TEXT NOT NULL, edge_id TEXT NOT NULL,
     model_id TEXT NOT NULL, quality INTEGER NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL,
-    hyper BLOB NOT NULL, latents BLOB NOT NULL, symbols_crc INTEGER NOT NULL
+    hyper BLOB NOT NULL, latents BLOB NOT NULL, symbols_crc INTEGER NOT NULL,
+    captured_us INTEGER NOT NULL DEFAULT 0
 ) STRICT
 """
+_ADD_CAPTURED = "ALTER TABLE frames ADD COLUMN captured_us INTEGER NOT NULL DEFAULT 0"  # files made before it was kept
 _INSERT = """
 INSERT INTO frames (rejected_ns, name, reason, detail, edge_id,
-                    model_id, quality, height, width, hyper, latents, symbols_crc)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    model_id, quality, height, width, hyper, latents, symbols_crc, captured_us)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _SELECT = """
-SELECT rejected_ns, name, reason, detail, edge_id, model_id, quality, height, width, hyper, latents, symbols_crc
-FROM frames ORDER BY id
+SELECT id, rejected_ns, captured_us, name, reason, detail, edge_id,
+       model_id, quality, height, width, hyper, latents, symbols_crc
+FROM frames
 """
 _DELETE_NAMED = "DELETE FROM frames WHERE name = ? RETURNING length(hyper) + length(latents)"
 _DELETE_OLDEST = """
 DELETE FROM frames WHERE id = (SELECT min(id) FROM frames) RETURNING length(hyper) + length(latents)
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """One frame kept. `rejected_ns`: Unix time. `name`: camera/epoch/seq. `reason`: a RejectReason in small letters."""
-
-    rejected_ns: int
-    name: str
-    reason: str
-    detail: str
-    edge_id: str
-    bitstream: Bitstream
 
 
 class Quarantine:
@@ -68,6 +60,8 @@ class Quarantine:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute(_SCHEMA)
+            if "captured_us" not in {column[1] for column in self._db.execute("PRAGMA table_info(frames)")}:
+                self._db.execute(_ADD_CAPTURED)
             self._frames, self._bytes = self._db.execute(
                 "SELECT count(*), coalesce(sum(length(hyper) + length(latents)), 0) FROM frames"
             ).fetchone()
@@ -75,19 +69,33 @@ class Quarantine:
             raise Unavailable(f"quarantine {path} cannot be opened: {error}") from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quarantine")
 
-    async def put(self, name: FrameName, reason: str, detail: str, edge_id: str, bitstream: Bitstream) -> None:
-        """Keeps a frame, makes room for it; a frame that is already here is replaced. Raises Unavailable."""
+    async def put(
+        self, name: FrameName, reason: str, detail: str, edge_id: str, bitstream: Bitstream, captured_us: int = 0
+    ) -> None:
+        """Keeps a frame, makes room for it; a frame that is already here is replaced. Raises Unavailable.
+
+        `reason`: a RejectReason in small letters. `captured_us`: since 1970, 0 where it is not known.
+        """
         b = bitstream
-        sizes = (b.quality, b.height, b.width)
-        row = (self._clock(), str(name), reason, detail, edge_id, b.model_id, *sizes, b.hyper, b.latents, b.symbols_crc)
+        coded = (b.model_id, b.quality, b.height, b.width, b.hyper, b.latents, b.symbols_crc)
+        row = (self._clock(), str(name), reason, detail, edge_id, *coded, captured_us)
         await self._on_thread(lambda: self._put(row))
 
-    async def frames(self) -> list[Quarantined]:
+    async def frames(self, after_id: int = 0, limit: int = 1 << 40) -> list[Quarantined]:
         """What is kept, oldest first. Raises Unavailable."""
-        rows = await self._on_thread(lambda: self._db.execute(_SELECT).fetchall())
-        return [
-            Quarantined(ns, name, why, detail, edge, Bitstream(*rest)) for ns, name, why, detail, edge, *rest in rows
-        ]
+        sql = f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?"
+        rows = await self._on_thread(lambda: self._db.execute(sql, (after_id, limit)).fetchall())
+        return [_from_row(row) for row in rows]
+
+    async def find(self, name: FrameName) -> Quarantined | None:
+        """One frame, None if it is not kept. Raises Unavailable."""
+        sql = f"{_SELECT} WHERE name = ?"
+        rows = await self._on_thread(lambda: self._db.execute(sql, (str(name),)).fetchall())
+        return _from_row(rows[0]) if rows else None
+
+    async def remove(self, name: FrameName) -> None:
+        """No longer keeps a frame. Raises Unavailable."""
+        await self._on_thread(lambda: self._remove(str(name)))
 
     async def close(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
@@ -114,3 +122,23 @@ class Quarantine:
                 self._db.execute("ROLLBACK")
             raise
         self._frames, self._bytes = frames, size
+
+    def _remove(self, name: str) -> None:
+        for (size,) in self._db.execute(_DELETE_NAMED, (name,)).fetchall():
+            self._frames, self._bytes = self._frames - 1, self._bytes - size
+
+
+def _from_row(row: tuple[Any, ...]) -> Quarantined:
+    id_, rejected_ns, captured_us, name, reason, detail, edge_id, *coded = row
+    camera, epoch, seq = name.split("/")
+    return Quarantined(
+        id=id_,
+        camera_id=camera,
+        epoch=int(epoch, 16),
+        seq=int(seq),
+        captured_us=captured_us,
+        quarantined_us=rejected_ns // 1000,
+        reason=f"{reason}: {detail}",
+        edge_id=edge_id,
+        bitstream=Bitstream(*coded),
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import grpc
 import torch
 from prometheus_client import CollectorRegistry
-from sightline.v1 import admin_pb2_grpc, detection_pb2_grpc, ingest_pb2_grpc
+from sightline.v1 import admin_pb2_grpc, detection_pb2_grpc, ingest_pb2_grpc, quarantine_pb2_grpc
 
 from cloud.admin import BundleAdmin, CloudAdmin
 from cloud.detections.sqlite import SqliteLog
@@ -23,11 +23,14 @@ from cloud.ingest import IngestService
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline
 from cloud.quarantine import Quarantine
+from cloud.replay import Replayer
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.loading import load_task
 from shared import logs
 from shared.codec.codec import Codec
+from shared.quarantine import SERVICE as QUARANTINE
+from shared.quarantine import QuarantineService
 from shared.rpc.server import Server, stop_on_signal
 
 _log = logging.getLogger("sightline.cloud")
@@ -48,12 +51,13 @@ async def serve(settings: CloudSettings) -> None:
         DETECTION: functools.partial(detection_pb2_grpc.add_DetectionServiceServicer_to_server, detection),
     }
     bundles = BundleAdmin(ingest, functools.partial(load_codec, settings), metrics)
-    admin = admin_services(ingest, detection, bundles)
+    rejected = QuarantineService()
+    admin = admin_services(ingest, detection, bundles, rejected)
     server = Server(settings, services, registry=registry, draining=draining, admin=admin)
     async with stop_on_signal() as stop:
         try:
             await server.start()
-            await _run(settings, server, ingest, detection, bundles, metrics, stop)
+            await _run(settings, server, ingest, detection, bundles, rejected, metrics, stop)
         finally:
             await server.close()
 
@@ -64,6 +68,7 @@ async def _run(
     ingest: IngestService,
     detection: DetectionService,
     bundles: BundleAdmin,
+    rejected: QuarantineService,
     metrics: CloudMetrics,
     stop: asyncio.Event,
 ) -> None:
@@ -90,6 +95,7 @@ async def _run(
         ingest.open(pipeline)
         detection.open(pipeline, log)
         bundles.open(inference)
+        rejected.open(Replayer(pipeline, quarantine))
         for service in (INGEST, DETECTION):
             await server.set_serving(service, True)
         server.announce(log_id=log.log_id, models=sorted(inference.codecs), tasks=list(inference.tasks))
@@ -117,7 +123,7 @@ async def end_subscriptions(
 
 
 def admin_services(
-    ingest: IngestService, detection: DetectionService, bundles: BundleAdmin
+    ingest: IngestService, detection: DetectionService, bundles: BundleAdmin, rejected: QuarantineService
 ) -> dict[str, Callable[[grpc.aio.Server], None]]:
     """What the admin port serves, by name."""
     cloud = CloudAdmin(ingest, detection)
@@ -128,6 +134,7 @@ def admin_services(
         "sightline.v1.BundleAdminService": functools.partial(
             admin_pb2_grpc.add_BundleAdminServiceServicer_to_server, bundles
         ),
+        QUARANTINE: functools.partial(quarantine_pb2_grpc.add_QuarantineServiceServicer_to_server, rejected),
     }
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import grpc
 import torch
 from prometheus_client import CollectorRegistry
-from sightline.v1 import admin_pb2_grpc, edge_pb2_grpc
+from sightline.v1 import admin_pb2_grpc, edge_pb2_grpc, quarantine_pb2_grpc
 
 from edge import images
 from edge.admin import BundleAdmin, EdgeAdmin
@@ -33,6 +33,8 @@ from shared import logs
 from shared.codec.codec import Codec
 from shared.errors import InvalidSettings
 from shared.logs import facts
+from shared.quarantine import SERVICE as QUARANTINE
+from shared.quarantine import QuarantineService
 from shared.rpc import tls
 from shared.rpc.reload import ReloadMetrics
 from shared.rpc.server import Server, stop_on_signal
@@ -205,10 +207,13 @@ def _admin_services(
             there.speak_of(models.ids)
 
     cameras = EdgeAdmin(control, spool, int(settings.spool_max_bytes), connected)
+    rejected = QuarantineService()
+    rejected.open(spool)
     bundles = BundleAdmin(models, spool, lambda reference: _load_codec(settings, reference), announce)
     return {
         "sightline.v1.EdgeAdminService": partial(admin_pb2_grpc.add_EdgeAdminServiceServicer_to_server, cameras),
         "sightline.v1.BundleAdminService": partial(admin_pb2_grpc.add_BundleAdminServiceServicer_to_server, bundles),
+        QUARANTINE: partial(quarantine_pb2_grpc.add_QuarantineServiceServicer_to_server, rejected),
     }
 
 

@@ -42,9 +42,10 @@ from typing import Any, Generic, TypeVar
 
 from edge.salvage import salvage
 from edge.spool_file import Limits, SpoolFile, Tally
-from edge.spool_rows import Draft, Entry, Final, Outcome, Placed
+from edge.spool_rows import Draft, Entry, Final, FrameName, Outcome, Placed
 from shared.errors import Overloaded, SightlineError, Unavailable
 from shared.logs import facts
+from shared.quarantine import Quarantined, Replayed
 
 _log = logging.getLogger("sightline.edge.spool")
 _T = TypeVar("_T")
@@ -153,6 +154,20 @@ class Spool:
     async def holds_model(self, model_id: str) -> bool:
         """Whether a frame of this bundle still waits for the cloud. Raises Unavailable."""
         return await self._do(_Operation(lambda file, _: file.holds_model(model_id)))
+
+    async def quarantined(self, after_id: int, limit: int) -> list[Quarantined]:
+        """Rejected frames that are kept, oldest first. Raises Unavailable."""
+        return await self._do(_Operation(lambda file, _: file.quarantined(after_id, limit)))
+
+    async def find_quarantined(self, camera_id: str, epoch: int, seq: int) -> Quarantined | None:
+        """A rejected frame by its name, None if it is not kept. Raises Unavailable."""
+        return await self._do(_Operation(lambda file, _: file.find_quarantined(FrameName(camera_id, epoch, seq))))
+
+    async def replay(self, frame: Quarantined) -> Replayed:
+        """Takes a rejected frame back to be sent, under its new name. Raises Unavailable."""
+        await self._do(_Operation(lambda file, now_us: file.replay(frame, now_us)))
+        self.arrived.set()
+        return Replayed()
 
     async def close(self) -> None:
         """Does what was asked for, folds the WAL into the file and lets go of it."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edge import spool_quarantine as quarantine
 from edge.spool_rows import (
     COLUMNS,
     Draft,
@@ -32,6 +33,7 @@ from edge.spool_rows import (
 )
 from shared.codec.types import Bitstream
 from shared.errors import InvalidSettings, Overloaded, TokenConflict
+from shared.quarantine import Quarantined
 
 APPLICATION_ID = 0x534C5350  # "SLSP"
 FORMAT = 1
@@ -245,7 +247,7 @@ class SpoolFile:
             return  # acknowledged twice
         entry, _ = from_row(row)
         if final.outcome is Outcome.REJECTED:
-            self._quarantine(entry, final.reason, now_us)
+            quarantine.put(self._db, entry, final.reason, now_us)
         if entry.token:
             self._db.execute(
                 "UPDATE token SET outcome = ?, reason = ? WHERE camera_id = ? AND token = ? AND frame_id = ?",
@@ -274,23 +276,36 @@ class SpoolFile:
                 "(SELECT camera_id, token FROM token ORDER BY created_us LIMIT ?)",
                 (self._tokens - limits.max_tokens,),
             ).rowcount
-        self._db.execute(
-            "DELETE FROM quarantine WHERE id <= (SELECT id FROM (SELECT id, "
-            "row_number() OVER w AS place, sum(length(hyper) + length(latents)) OVER w AS size FROM quarantine "
-            "WINDOW w AS (ORDER BY id DESC)) WHERE place > ? OR size > ? ORDER BY id DESC LIMIT 1)",
-            (limits.quarantine_frames, limits.quarantine_bytes),
-        )
+        quarantine.bound(self._db, limits.quarantine_frames, limits.quarantine_bytes)
 
     def shrink(self) -> None:
         """Gives empty pages back to the disk, some at a time. Outside a transaction."""
         self._db.execute("PRAGMA incremental_vacuum(1024)").fetchall()
 
+    def quarantined(self, after_id: int, limit: int) -> list[Quarantined]:
+        """Rejected frames that are kept, oldest first."""
+        return quarantine.page(self._db, after_id, limit)
+
+    def find_quarantined(self, name: FrameName) -> Quarantined | None:
+        """A rejected frame by its name, None if it is not kept."""
+        return quarantine.find(self._db, name)
+
+    def replay(self, kept: Quarantined, now_us: int) -> None:
+        """Takes a rejected frame back to be sent, under its new name; once, however often it is asked for."""
+        name = FrameName(kept.camera_id, kept.epoch, kept.seq)
+        if quarantine.find(self._db, name) is None:
+            return
+        quarantine.remove(self._db, kept.id)
+        again = replace(name, epoch=kept.replay_epoch)
+        self.restore(Entry(0, again, kept.captured_us, now_us, 0, "", kept.bitstream, Outcome.NONE, ""))
+        self.frames += 1
+
     def restore(self, entry: Entry) -> None:
-        """Takes over a frame of another spool file under its own name and id (recovery)."""
-        self._insert(entry)
+        """Takes over a frame that has its name: of another spool file (recovery), with its id, or out of quarantine."""
+        frame_id = self._insert(entry)
         if entry.bitstream:
             self._db.execute(
-                "INSERT INTO payload VALUES (?,?,?)", (entry.id, entry.bitstream.hyper, entry.bitstream.latents)
+                "INSERT INTO payload VALUES (?,?,?)", (frame_id, entry.bitstream.hyper, entry.bitstream.latents)
             )
 
     def restore_token(self, row: Sequence[object]) -> None:
@@ -363,7 +378,7 @@ class SpoolFile:
     def _end(self, entry: Entry, outcome: Outcome, reason: str, *, now_us: int) -> Entry:
         """Turns a frame that was to be sent into one whose end is to be told."""
         if outcome is Outcome.REJECTED:
-            self._quarantine(entry, reason, now_us)
+            quarantine.put(self._db, entry, reason, now_us)
             self.tally.damaged += 1
         elif outcome is Outcome.EXPIRED:
             self.tally.expired += 1
@@ -372,16 +387,3 @@ class SpoolFile:
         self._db.execute("UPDATE frame SET outcome = ?, reason = ? WHERE id = ?", (outcome, reason, entry.id))
         self._db.execute("DELETE FROM payload WHERE id = ?", (entry.id,))
         return replace(entry, bitstream=None, outcome=outcome, reason=reason)
-
-    def _quarantine(self, entry: Entry, reason: str, now_us: int) -> None:
-        bits = entry.bitstream
-        if bits is None:
-            return
-        self._db.execute(
-            "INSERT INTO quarantine (camera_id, epoch, seq, captured_us, quarantined_us, reason, model_id, quality, "
-            "width, height, symbols_crc, hyper, latents) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                *(entry.name.camera_id, signed(entry.name.epoch), entry.name.seq, entry.captured_us, now_us, reason),
-                *(bits.model_id, bits.quality, bits.width, bits.height, bits.symbols_crc, bits.hyper, bits.latents),
-            ),
-        )

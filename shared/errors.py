@@ -15,6 +15,7 @@
     |- Paused                          FAILED_PRECONDITION  a camera that an operator has paused
     |- CursorExpired                   OUT_OF_RANGE         a cursor older than what the log still keeps
     |- TokenConflict                   ALREADY_EXISTS       an idempotency token used for other content
+    |- NotFound                        NOT_FOUND            a thing asked for by name that is not here
     |- Unauthenticated                 UNAUTHENTICATED
     |- PermissionDenied                PERMISSION_DENIED
     |- Unavailable                     UNAVAILABLE          a peer, a disk or a model that is not there yet
@@ -85,6 +86,10 @@ class CursorExpired(SightlineError):
 
 class TokenConflict(SightlineError):
     status = "ALREADY_EXISTS"
+
+
+class NotFound(SightlineError):
+    status = "NOT_FOUND"
 
 
 class Unauthenticated(SightlineError):

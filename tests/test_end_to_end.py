@@ -1,6 +1,5 @@
 """Edge and cloud as the two processes an operator runs: pictures in, detections out, whatever is killed on the way."""
 
-import asyncio
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from io import BytesIO
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 from PIL import Image
 from sightline.v1 import common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, edge_pb2_grpc
@@ -139,53 +137,3 @@ async def test_a_photograph_goes_through_both_processes_and_its_person_comes_out
     assert receipt.coded_bytes < len(jpeg(astronaut)) / 2
     for process in (edge, cloud):
         assert process.kill(signal.SIGTERM) == 0, process.log()
-
-
-async def test_kill_9_of_either_side_loses_no_spooled_frame_and_doubles_none(
-    edge: Process, cloud: Process, astronaut: Frame, rng: np.random.Generator
-) -> None:
-    """Each side is killed twice, at a random moment of the traffic; every receipt must end as one DETECTIONS."""
-    data = jpeg(astronaut, (64, 64))
-    receipts: set[tuple[str, int, int]] = set()
-    kills = [cloud, edge, cloud, edge]
-    rng.shuffle(kills)  # type: ignore[arg-type]
-    for turn, victim in enumerate([*kills, None]):
-        sent = asyncio.create_task(send_many(edge.address, data, turn, receipts))
-        if victim is None:
-            await sent
-            continue
-        await asyncio.sleep(float(rng.uniform(0, 0.6)))  # the random moment is the point of this test
-        victim.kill()
-        await sent
-        await asyncio.to_thread(victim.start)
-    assert len(receipts) >= 12, "too few frames were accepted for the test to mean anything"
-    # A frame whose receipt died with the edge may still be under way: per camera, this last one comes after it.
-    receipts |= {await last_frame(edge.address, camera) for camera in ("left", "right")}
-    found = await events_until(cloud.address, receipts)
-    names = [name_of(event.frame) for event in found]
-    assert len(names) == len(set(names)), "a frame has two terminal records"
-    assert receipts <= set(names)
-    assert {event.outcome for event in found} == {common_pb2.OUTCOME_DETECTIONS}
-
-
-async def send_many(address: str, data: bytes, turn: int, receipts: set[Name]) -> None:
-    """Six frames of each of two cameras; those with a receipt are noted, a dying edge answers the rest by an error."""
-
-    async def camera(name: str) -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = edge_pb2_grpc.EdgeServiceStub(channel)
-            for i in range(6):
-                try:
-                    ask = request(name, data, edge_pb2.DELIVERY_SPOOLED, token=f"{turn}-{i}")
-                    receipts.add(name_of((await stub.Compress(ask, timeout=ANSWER_S)).receipt.frame))
-                except grpc.aio.AioRpcError:
-                    return
-
-    await asyncio.gather(camera("left"), camera("right"))
-
-
-async def last_frame(address: str, camera: str) -> Name:
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = edge_pb2_grpc.EdgeServiceStub(channel)
-        ask = request(camera, jpeg(Frame(np.zeros((64, 64, 3), np.uint8))), edge_pb2.DELIVERY_PERSISTED)
-        return name_of((await stub.Compress(ask, timeout=ANSWER_S)).receipt.frame)

@@ -55,6 +55,9 @@ METHODS: dict[str, Permission | str] = {
             "EdgeAdminService/SetQualityBounds",
             "CloudAdminService/ListUploads",
             "CloudAdminService/ListConsumers",
+            "QuarantineService/ListQuarantine",
+            "QuarantineService/FetchQuarantined",
+            "QuarantineService/ReplayQuarantined",
         )
     },
 }

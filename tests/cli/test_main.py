@@ -9,7 +9,7 @@ import pytest
 from tests.cli.conftest import Sightline
 
 HEAVY = ("torch", "torchvision", "grpc", "numpy", "PIL", "pydantic_settings", "supervision", "lightning", "compressai")
-COMMANDS = ("compress", "decompress", "detect", "info", "demo", "edge", "cloud", "evaluate", "bench")
+COMMANDS = ("compress", "decompress", "detect", "info", "demo", "edge", "cloud", "quarantine", "evaluate", "bench")
 
 
 def modules_after(*arguments: str) -> set[str]:

@@ -131,7 +131,7 @@ async def test_a_corrupt_frame_is_rejected_logged_and_kept_and_the_next_one_is_s
     assert (first.outcome, first.reason) == (common_pb2.OUTCOME_REJECTED, torn.detail)
     assert (second.outcome, third.outcome) == (common_pb2.OUTCOME_REJECTED, common_pb2.OUTCOME_DETECTIONS)
     kept = await cloud.quarantine.frames()
-    assert [frame.name for frame in kept] == [f"gate/{EPOCH:016x}/1", f"gate/{EPOCH:016x}/2"]
+    assert [(frame.camera_id, frame.epoch, frame.seq) for frame in kept] == [("gate", EPOCH, 1), ("gate", EPOCH, 2)]
     assert [frame.bitstream for frame in kept] == [bad, bad]
     assert cloud.metric("sightline_cloud_rejected_total", reason="payload_crc") == 1
 

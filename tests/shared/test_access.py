@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from sightline.v1 import admin_pb2, common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, ingest_pb2
+from sightline.v1 import admin_pb2, common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, ingest_pb2, quarantine_pb2
 
 from shared.errors import InvalidSettings
 from shared.rpc import tls
@@ -149,7 +149,9 @@ async def test_plaintext_on_loopback_is_local_and_may_do_everything_unless_a_pol
 
 
 def test_every_method_of_the_contract_has_its_permission() -> None:
-    files = [module.DESCRIPTOR for module in (admin_pb2, common_pb2, detection_pb2, edge_pb2, ingest_pb2)]
+    files = [
+        module.DESCRIPTOR for module in (admin_pb2, common_pb2, detection_pb2, edge_pb2, ingest_pb2, quarantine_pb2)
+    ]
     contract = {
         f"/{service.full_name}/{method.name}"
         for file in files
