@@ -19,7 +19,7 @@ import grpc
 from sightline.v1 import edge_pb2, edge_pb2_grpc
 
 from shared.clients import messages
-from shared.clients.connection import Connection
+from shared.clients.connection import AsyncLine, BlockingLine, Connection
 from shared.clients.messages import Picture
 from shared.clients.retry import Attempts, Retry
 from shared.clients.types import CompressOptions, Receipt
@@ -51,8 +51,7 @@ class CameraClient:
         self._options = options or CompressOptions()
         self._retry = retry or Retry()
         self._call_s = call_s
-        self._channel = connection.open_blocking()
-        self._stub = edge_pb2_grpc.EdgeServiceStub(self._channel)
+        self._line = BlockingLine(connection)
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -64,7 +63,7 @@ class CameraClient:
     def close(self) -> None:
         """Ends the connection; calls under way fail with Unavailable."""
         self._closed.set()
-        self._channel.close()
+        self._line.close()
 
     def compress(
         self,
@@ -111,11 +110,14 @@ class CameraClient:
         attempts = Attempts(self._retry)
         while True:
             try:
-                return messages.receipt(self._stub.Compress(request, timeout=self._call_s).receipt)
+                stub = edge_pb2_grpc.EdgeServiceStub(self._line.channel())
+                return messages.receipt(stub.Compress(request, timeout=self._call_s).receipt)
             except grpc.RpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
-            except ValueError:  # how gRPC says that its channel was closed
-                raise Unavailable("the client is closed") from None
+            except ValueError:  # how gRPC says that the channel was closed
+                if self._closed.is_set():
+                    raise Unavailable("the client is closed") from None
+                continue  # by a renewed certificate, between taking it and calling
             self._closed.wait(pause_s)
 
 
@@ -136,8 +138,7 @@ class AsyncCameraClient:
         self._options = options or CompressOptions()
         self._retry = retry or Retry()
         self._call_s = call_s
-        self._channel = connection.open()
-        self._stub: Any = edge_pb2_grpc.EdgeServiceStub(self._channel)
+        self._line = AsyncLine(connection)
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,7 +148,7 @@ class AsyncCameraClient:
 
     async def close(self) -> None:
         """Ends the connection; calls under way fail."""
-        await self._channel.close()
+        await self._line.close()
 
     async def compress(
         self,
@@ -162,7 +163,8 @@ class AsyncCameraClient:
         attempts = Attempts(self._retry)
         while True:
             try:
-                return messages.receipt((await self._stub.Compress(request, timeout=self._call_s)).receipt)
+                stub: Any = edge_pb2_grpc.EdgeServiceStub(self._line.channel())
+                return messages.receipt((await stub.Compress(request, timeout=self._call_s)).receipt)
             except grpc.aio.AioRpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
             await asyncio.sleep(pause_s)

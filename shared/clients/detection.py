@@ -19,7 +19,7 @@ import grpc
 from sightline.v1 import detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 
 from shared.clients import messages
-from shared.clients.connection import Connection
+from shared.clients.connection import AsyncLine, BlockingLine, Connection
 from shared.clients.cursor_file import CursorFile
 from shared.clients.messages import StartAt
 from shared.clients.retry import Attempts, Retry
@@ -79,9 +79,7 @@ class DetectionClient:
         connection = Connection(cloud) if isinstance(cloud, str) else cloud
         self._retry = retry or Retry()
         self._call_s = call_s
-        self._channel = connection.open_blocking()
-        self._stub = detection_pb2_grpc.DetectionServiceStub(self._channel)
-        self._models = ingest_pb2_grpc.IngestServiceStub(self._channel)
+        self._line = BlockingLine(connection)
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -93,7 +91,7 @@ class DetectionClient:
     def close(self) -> None:
         """Ends the connection; subscriptions end, in other threads too."""
         self._closed.set()
-        self._channel.close()
+        self._line.close()
 
     def events(
         self,
@@ -123,7 +121,11 @@ class DetectionClient:
         attempts = Attempts(self._retry)
         try:
             while not self._closed.is_set():
-                call = self._stub.Subscribe(place.request())
+                stub = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
+                try:
+                    call = stub.Subscribe(place.request())
+                except ValueError:  # the channel was closed meanwhile
+                    continue
                 error: SightlineError = Unavailable(_ENDED)
                 try:
                     for response in call:
@@ -152,11 +154,14 @@ class DetectionClient:
         attempts = Attempts(self._retry)
         while True:
             try:
-                return messages.detected(self._stub.Detect(request, timeout=self._call_s))
+                stub = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
+                return messages.detected(stub.Detect(request, timeout=self._call_s))
             except grpc.RpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
-            except ValueError:  # how gRPC says that its channel was closed
-                raise Unavailable(_CLOSED) from None
+            except ValueError:  # how gRPC says that the channel was closed
+                if self._closed.is_set():
+                    raise Unavailable(_CLOSED) from None
+                continue  # by a renewed certificate, between taking it and calling
             self._closed.wait(pause_s)
 
     def categories(self) -> dict[int, str]:
@@ -164,13 +169,14 @@ class DetectionClient:
         attempts = Attempts(self._retry)
         while True:
             try:
-                return messages.categories(
-                    self._models.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s)
-                )
+                stub = ingest_pb2_grpc.IngestServiceStub(self._line.channel())
+                return messages.categories(stub.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s))
             except grpc.RpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
-            except ValueError:
-                raise Unavailable(_CLOSED) from None
+            except ValueError:  # how gRPC says that the channel was closed
+                if self._closed.is_set():
+                    raise Unavailable(_CLOSED) from None
+                continue  # by a renewed certificate, between taking it and calling
             self._closed.wait(pause_s)
 
 
@@ -184,9 +190,7 @@ class AsyncDetectionClient:
         connection = Connection(cloud) if isinstance(cloud, str) else cloud
         self._retry = retry or Retry()
         self._call_s = call_s
-        self._channel = connection.open()
-        self._stub: Any = detection_pb2_grpc.DetectionServiceStub(self._channel)
-        self._models: Any = ingest_pb2_grpc.IngestServiceStub(self._channel)
+        self._line = AsyncLine(connection)
 
     async def __aenter__(self) -> Self:
         return self
@@ -196,7 +200,7 @@ class AsyncDetectionClient:
 
     async def close(self) -> None:
         """Ends the connection."""
-        await self._channel.close()
+        await self._line.close()
 
     async def events(
         self,
@@ -226,7 +230,8 @@ class AsyncDetectionClient:
         attempts = Attempts(self._retry)
         try:
             while True:
-                call = self._stub.Subscribe(place.request())
+                stub: Any = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
+                call = stub.Subscribe(place.request())
                 error: SightlineError = Unavailable(_ENDED)
                 try:
                     async for response in call:
@@ -253,7 +258,8 @@ class AsyncDetectionClient:
         attempts = Attempts(self._retry)
         while True:
             try:
-                return messages.detected(await self._stub.Detect(request, timeout=self._call_s))
+                stub: Any = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
+                return messages.detected(await stub.Detect(request, timeout=self._call_s))
             except grpc.aio.AioRpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
             await asyncio.sleep(pause_s)
@@ -263,7 +269,8 @@ class AsyncDetectionClient:
         attempts = Attempts(self._retry)
         while True:
             try:
-                asked = self._models.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s)
+                stub: Any = ingest_pb2_grpc.IngestServiceStub(self._line.channel())
+                asked = stub.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s)
                 return messages.categories(await asked)
             except grpc.aio.AioRpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))

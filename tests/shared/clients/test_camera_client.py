@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.clients import CompressOptions, Connection, Delivery, Receipt, ReceiptState, Retry
+from shared.clients import CameraClient, CompressOptions, Connection, Delivery, Receipt, ReceiptState, Retry
 from shared.codec.bitstream import from_bytes
 from shared.codec.codec import Codec
 from shared.errors import InvalidImage, InvalidInput, InvalidSettings, SightlineError, Unavailable
+from shared.rpc import certificates
 from tests.edge.conftest import RunningEdge
+from tests.shared.authority import EDGE, Authority
 from tests.shared.clients.conftest import Clients
 
 LOOK = CompressOptions(quality=3, delivery=Delivery.NONE, return_bitstream=True)
@@ -158,7 +160,23 @@ async def test_many_pictures_answer_in_order_and_one_that_fails_stops_none(
 
 def test_a_connection_that_others_could_read_must_be_asked_for() -> None:
     with pytest.raises(InvalidSettings, match=r"setting address: plaintext to 10\.0\.0\.1:7411"):
-        Connection("10.0.0.1:7411").open_blocking()
+        CameraClient("10.0.0.1:7411")
     with pytest.raises(InvalidSettings, match="host:port"):
-        Connection("nowhere").open_blocking()
-    Connection("10.0.0.1:7411", insecure=True).open_blocking().close()
+        CameraClient("nowhere")
+    CameraClient(Connection("10.0.0.1:7411", insecure=True)).close()
+
+
+async def test_a_certificate_that_is_renewed_serves_the_next_call(
+    running_edge: RunningEdge, clients: Clients, small_jpeg: bytes, tmp_path: Path
+) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs", "of others")
+    own, key = tmp_path / "own.pem", tmp_path / "own.key"
+    certificates.write(theirs.client(EDGE), own, key)
+    async with running_edge(**ours.server_settings()) as (edge, _):
+        connection = Connection(f"127.0.0.1:{edge.server.port}", ours.ca, own, key)
+        camera = clients.camera(connection, retry=Retry(give_up_s=0.0))
+        with pytest.raises(Unavailable):
+            await camera.compress(small_jpeg)
+        certificates.write(ours.client(EDGE), own, key)
+        assert (await camera.compress(small_jpeg)).state is ReceiptState.SPOOLED
+        await clients.close()
