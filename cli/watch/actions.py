@@ -28,10 +28,12 @@ GIVE_UP_S = 60.0
 
 
 class Exec:
-    """Runs a program once an event: the event's JSON on its stdin, the main facts in its environment (SIGHTLINE_CAMERA,
-    SIGHTLINE_FRAME, SIGHTLINE_OUTCOME, SIGHTLINE_LABELS). No shell: write ``sh -c '...'`` for one."""
+    """Runs a program once an event: the event's JSON on its stdin, the main facts in its environment. These are
+    SIGHTLINE_CAMERA, SIGHTLINE_FRAME, SIGHTLINE_OUTCOME, and SIGHTLINE_LABELS with what scores at least `min_score`. No
+    shell: write ``sh -c '...'`` for one."""
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, min_score: float) -> None:
+        self._min_score = min_score
         try:
             self._command = shlex.split(command)
         except ValueError as error:
@@ -45,7 +47,7 @@ class Exec:
             "SIGHTLINE_CAMERA": event.frame.camera_id,
             "SIGHTLINE_FRAME": str(event.frame),
             "SIGHTLINE_OUTCOME": event.outcome.value,
-            "SIGHTLINE_LABELS": counted(event),
+            "SIGHTLINE_LABELS": counted(event, self._min_score),
         }
         told = json.dumps(as_json(event)).encode()
         try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.connect import CLOUD, Ca, Certificate, Insecure, Key, Token, connection
+from cli.detect import DEFAULT_SCORE
 
 if TYPE_CHECKING:
     from cli.watch.actions import Exec, Webhook
@@ -55,7 +56,16 @@ def watch(
     classes: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME", help="Only these classes: a name or a COCO id.")
     ] = None,
-    min_score: Annotated[float, typer.Option("--min-score", min=0, max=1, help="Hide what scores less.")] = 0.0,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            "--min-score",
+            min=0,
+            max=1,
+            help="Hide what scores less.",
+            show_default=f"{DEFAULT_SCORE}, in the table only",
+        ),
+    ] = None,
     outcomes: Annotated[
         list[OutcomeName] | None, typer.Option("--outcome", help="Only frames that ended so.", show_default="all")
     ] = None,
@@ -92,7 +102,8 @@ def watch(
     begin = read_start(start)
     if export is not None:
         check_path(export)
-    actions: list[Exec | Webhook] = [Exec(program)] if program else []
+    told_score = DEFAULT_SCORE if min_score is None else min_score
+    actions: list[Exec | Webhook] = [Exec(program, told_score)] if program else []
     if webhook:
         actions.append(Webhook(webhook))
     file = CursorFile(cursor) if cursor else None
@@ -101,14 +112,14 @@ def watch(
     wanted = EventFilter(
         tuple(cameras or ()),
         tuple(read_classes(classes or [], address)),
-        min_score,
+        min_score or 0.0,
         tuple(Outcome(outcome.value) for outcome in outcomes or ()),
     )
     # Who follows wants to go on whenever the cloud comes back; who asks once wants an answer.
     with DetectionClient(address, retry=Retry() if once else Retry(give_up_s=None)) as client:
         run = Run(client, begin, wanted, file, actions, once=once, limit=limit, keep_going=keep_going)
         with ExitStack() as stack:
-            shown = stack.enter_context(view(form, export is not None))
+            shown = stack.enter_context(view(form, export is not None, told_score))
             written = stack.enter_context(Export(export)) if export else None
             run.follow(shown, written)
         if file is not None:
@@ -187,12 +198,14 @@ class Run:
             self._file.note(cursor)  # rows of a file that is not whole yet are not dealt with
 
 
-def view(form: Form | None, exported: bool) -> "View":
+def view(form: Form | None, exported: bool, min_score: float) -> "View":
     from cli.watch.show import JsonLines, LiveTable, Silent
 
     if form is None:
         form = Form.NONE if exported else Form.TABLE if sys.stdout.isatty() else Form.JSON
-    return {Form.TABLE: LiveTable, Form.JSON: JsonLines, Form.NONE: Silent}[form]()
+    if form is Form.TABLE:
+        return LiveTable(min_score)
+    return JsonLines() if form is Form.JSON else Silent()
 
 
 def read_start(text: str) -> "StartAt":

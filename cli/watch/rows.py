@@ -109,9 +109,9 @@ def as_rows(event: "DetectionEvent") -> list[dict[str, Any]]:
     return rows or [empty | frame]
 
 
-def counted(event: "DetectionEvent") -> str:
-    """What was found, most frequent first: "2 person, car"."""
-    counts = Counter(one.label for one in event.detections)
+def counted(event: "DetectionEvent", min_score: float) -> str:
+    """What was found with at least `min_score`, most frequent first: "2 person, car"."""
+    counts = Counter(one.label for one in event.detections if one.score >= min_score)
     return ", ".join(f"{number} {label}" if number > 1 else label for label, number in counts.most_common())
 
 

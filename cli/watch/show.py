@@ -45,12 +45,14 @@ class Silent(JsonLines):
 
 
 class LiveTable:
-    """The newest events, as many as the terminal has rows for, redrawn four times a second."""
+    """The newest events, as many as the terminal has rows for, redrawn four times a second. What scores less than
+    `min_score` is not told."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_score: float) -> None:
         from rich.console import Console
         from rich.live import Live
 
+        self._min_score = min_score
         self._console = Console()
         self._events: deque[DetectionEvent] = deque(maxlen=KEPT)
         self._cameras: Counter[str] = Counter()
@@ -89,7 +91,7 @@ class LiveTable:
                 f"{event.payload_bytes / 1000:.1f}",
                 f"{event.quality:.2f}",
                 f"{(stored - taken).total_seconds():.2f}" if taken and stored else "",
-                counted(event) or (f"{event.outcome.value}: {event.reason}" if event.reason else "-"),
+                counted(event, self._min_score) or (f"{event.outcome.value}: {event.reason}" if event.reason else "-"),
             )
         return table
 

@@ -115,7 +115,7 @@ async def test_a_program_gets_each_event_and_one_that_fails_keeps_the_cursor_bef
     cloud = await filled(start_cloud, spot, red)
     file = CursorFile(tmp_path / "place")
     note = f"cat >> {tmp_path}/told; echo $SIGHTLINE_CAMERA $SIGHTLINE_LABELS >> {tmp_path}/facts"
-    fussy = Exec(f"sh -c '{note}; test $SIGHTLINE_OUTCOME != rejected'")
+    fussy = Exec(f"sh -c '{note}; test $SIGHTLINE_OUTCOME != rejected'", 0.5)
     with pytest.raises(SightlineError, match=r"ended with 1 on frame yard/fedcba9876543210/2"):
         await follow(cloud, fussy, file=file)
     assert (tmp_path / "facts").read_text().splitlines() == ["door kite", "yard kite", "yard"]
@@ -124,7 +124,7 @@ async def test_a_program_gets_each_event_and_one_that_fails_keeps_the_cursor_bef
     assert (run.count, run.failed) == (1, 1)
     assert file.load() == Cursor(cloud.log.log_id, 3)
     with pytest.raises(SightlineError, match="cannot run 'no-such-program'"):
-        await follow(cloud, Exec("no-such-program --now"))
+        await follow(cloud, Exec("no-such-program --now", 0.5))
     assert (await follow(cloud, limit=2)).count == 2
 
 
@@ -240,15 +240,20 @@ async def test_the_table_shows_what_was_found_and_how_frames_ended(
     start_cloud: StartCloud, spot: Bitstream, red: Bitstream
 ) -> None:
     cloud = await filled(start_cloud, spot, red)
-    table = LiveTable()
-    for event in await all_events(cloud):
-        table.add(event)
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table.table())
-    shown = console.export_text()
-    assert "3 events: yard 2, door 1" in shown
-    assert shown.count("kite") == 2
-    assert "rejected: " in shown
+    events = await all_events(cloud)
+
+    def shown(min_score: float) -> str:
+        table = LiveTable(min_score)
+        for event in events:
+            table.add(event)
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(table.table())
+        return console.export_text()
+
+    assert "3 events: yard 2, door 1" in shown(0.5)
+    assert shown(0.5).count("kite") == 2
+    assert "rejected: " in shown(0.5)
+    assert "kite" not in shown(0.8)
 
 
 def test_where_to_start_is_read_as_people_write_it() -> None:
