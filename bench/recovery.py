@@ -24,6 +24,7 @@ from rich.console import Console
 
 from bench.rtsp import NEEDS, RtspServer, available, ball
 from cli.demo.services import Service, service
+from cli.progress import bar
 from edge.capture import Capture, Counts, Plan
 from edge.sources import Grab, Reading, find_source
 from shared.clients import CameraClient, CompressOptions, Receipt, Retry
@@ -108,8 +109,9 @@ def run(kills: int, count: int, away_s: float) -> tuple[list[Recovery], list[flo
             for camera in cameras:
                 camera.first_after(0.0)
             recoveries = []
-            for _ in range(kills):
-                recoveries += kill_camera(server, cameras, away_s)
+            with bar() as progress:
+                for _ in progress.track(range(kills), description="kills"):
+                    recoveries += kill_camera(server, cameras, away_s)
             first.close()
             start_edge(stack, folder, address)
             ready_s = time.time()

@@ -3,7 +3,7 @@ by `bench.rtsp`, for tests and measurements.
 
     /usr/bin/python3 rtsp_server.py PORT LAUNCH     prints the port it is bound to, then serves until it is killed
 
-Each client gets a pipeline of its own. LAUNCH is what gst-launch takes, with a payloader named pay0.
+One pipeline serves all clients, as in a camera. LAUNCH is what gst-launch takes, with a payloader named pay0.
 """
 
 import sys
@@ -22,6 +22,7 @@ def serve(port: str, launch: str) -> None:
     server.set_service(port)
     factory = GstRtspServer.RTSPMediaFactory()
     factory.set_launch(f"( {launch} )")
+    factory.set_shared(True)
     server.get_mount_points().add_factory("/camera", factory)
     if not server.attach(None):
         raise SystemExit(f"cannot listen on port {port}")
