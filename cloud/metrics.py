@@ -1,6 +1,7 @@
 """The cloud's own Prometheus metrics. No label takes a value that a peer can choose."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from sightline.v1 import common_pb2, ingest_pb2
 
 from shared.metrics import BYTES_BUCKETS, SECONDS_BUCKETS
 
@@ -74,3 +75,15 @@ class CloudMetrics:
         self.model_info = Gauge(
             "sightline_cloud_model_info", "Models loaded.", ["kind", "name", "model_id"], registry=registry
         )
+        self.waiting_frames = Gauge(
+            "sightline_cloud_waiting_frames", "Frames that wait for a batch.", registry=registry
+        )
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        for outcome in common_pb2.Outcome.keys()[1:]:
+            self.events.labels(outcome.removeprefix("OUTCOME_").lower())
+        for reject in ingest_pb2.RejectReason.keys()[1:]:
+            self.rejected.labels(reject.removeprefix("REJECT_REASON_").lower())
+        for retry in ingest_pb2.RetryReason.keys()[1:]:
+            self.retried.labels(retry.removeprefix("RETRY_REASON_").lower())

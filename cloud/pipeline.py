@@ -105,6 +105,14 @@ class PipelineLimits:
     retry_after_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class LogFailure:
+    """The log could not be written: why, and when by the monotonic clock, seconds."""
+
+    sentence: str
+    at_s: float
+
+
 class _Rejected(Exception):
     """The frame cannot be used; `reason` says which kind of not."""
 
@@ -138,7 +146,7 @@ class Pipeline:
         self._unix_us = unix_us
         self._running: dict[FrameName, asyncio.Task[Verdict]] = {}
         self._held_bytes = 0
-        self._log_failed_s = float("-inf")
+        self.log_failure: LogFailure | None = None  # of the latest append; None once one succeeded
         self._closing = False
 
     async def process(self, frame: ReceivedFrame) -> Verdict:
@@ -261,9 +269,10 @@ class Pipeline:
         start = time.perf_counter()
         try:
             appended = await self._log.append(name, event.SerializeToString())
-        except Unavailable:
-            self._log_failed_s = time.monotonic()
+        except Unavailable as error:
+            self.log_failure = LogFailure(str(error), time.monotonic())
             raise
+        self.log_failure = None
         if not appended.new:
             return await self._already(appended.sequence)
         self._metrics.log_append_seconds.observe(time.perf_counter() - start)
@@ -323,7 +332,7 @@ class Pipeline:
         """Sends a frame away before anything is spent on it."""
         if self._closing:
             return self._retry(ingest_pb2.RETRY_REASON_DRAINING, 0, "this cloud is about to stop")
-        if time.monotonic() - self._log_failed_s < _LOG_PAUSE_S:
+        if self.log_failure is not None and time.monotonic() - self.log_failure.at_s < _LOG_PAUSE_S:
             return self._log_unavailable("the detection log could not be written a moment ago")
         if len(self._running) >= self.limits.max_frames:
             return self._no_room(f"{len(self._running)} frames are held, the limit is {self.limits.max_frames}")

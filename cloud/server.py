@@ -1,6 +1,7 @@
 """The cloud process: from settings to a service that serves, and to an end that loses nothing.
 
-start   ports bound, NOT_SERVING -> log opened, models loaded and warmed up -> SERVING, ports told
+start   ports bound, NOT_SERVING -> log opened (a disk or broker that is not there yet is waited for)
+        -> models loaded and warmed up -> SERVING, ports told
 SIGTERM NOT_SERVING -> upload streams hear DRAIN, what they hold is carried to the log and answered
         -> consumers get the last events -> log closed -> exit 0
 """
@@ -23,15 +24,17 @@ from cloud.ingest import IngestService
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline
 from cloud.quarantine import Quarantine
+from cloud.readiness import DiskCheck, LogCheck
 from cloud.replay import Replayer
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.loading import load_task
 from shared import logs
 from shared.codec.codec import Codec
+from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
 from shared.quarantine import QuarantineService
-from shared.rpc.server import Server, stop_on_signal
+from shared.rpc.server import Server, stop_on_signal, unless_stopped
 
 _log = logging.getLogger("sightline.cloud")
 INGEST = "sightline.v1.IngestService"
@@ -43,6 +46,8 @@ async def serve(settings: CloudSettings) -> None:
     logs.configure(settings.log_level, settings.log_format)
     registry = CollectorRegistry()
     metrics = CloudMetrics(registry)
+    folder = settings.data_dir.expanduser()
+    gauge(registry, "sightline_cloud_disk_free_bytes", "Free on the log's disk.", lambda: disk_free_bytes(folder))
     draining = asyncio.Event()
     ingest = IngestService(settings.cloud_id, settings.stream_limits, draining, metrics)
     detection = DetectionService(settings.subscription_limits, settings.max_subscribers, metrics)
@@ -74,13 +79,16 @@ async def _run(
 ) -> None:
     """Opens what the services need, serves until `stop`, and closes it in the order that loses nothing."""
     folder = settings.data_dir.expanduser()
-    log = await SqliteLog.open(folder / "detections.sqlite", settings.retention)
+    until_there = server.readiness.until_there
+    log = await unless_stopped(
+        stop, until_there("log", lambda: SqliteLog.open(folder / "detections.sqlite", settings.retention))
+    )
+    if log is None:
+        return
     try:
-        quarantine = Quarantine(
-            folder / "quarantine.sqlite",
-            max_frames=settings.quarantine_max_frames,
-            max_bytes=int(settings.quarantine_max_bytes),
-        )
+        quarantine = await unless_stopped(stop, until_there("quarantine", lambda: open_quarantine(settings)))
+        if quarantine is None:
+            return
         inference = await asyncio.to_thread(load_inference, settings, metrics)
         inference.start()
         pipeline = Pipeline(
@@ -96,6 +104,8 @@ async def _run(
         detection.open(pipeline, log)
         bundles.open(inference)
         rejected.open(Replayer(pipeline, quarantine))
+        metrics.waiting_frames.set_function(lambda: inference.waiting)
+        server.keep_checking({"log": LogCheck(log, pipeline, folder), "disk": DiskCheck(folder)})
         for service in (INGEST, DETECTION):
             await server.set_serving(service, True)
         server.announce(log_id=log.log_id, models=sorted(inference.codecs), tasks=list(inference.tasks))
@@ -110,6 +120,15 @@ async def _run(
     finally:
         await log.close()
     _log.info("stopped")
+
+
+async def open_quarantine(settings: CloudSettings) -> Quarantine:
+    """Raises Unavailable."""
+    return Quarantine(
+        settings.data_dir.expanduser() / "quarantine.sqlite",
+        max_frames=settings.quarantine_max_frames,
+        max_bytes=int(settings.quarantine_max_bytes),
+    )
 
 
 async def end_subscriptions(

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+from sightline.v1 import ingest_pb2
 
 from edge.models import Loaded
 from edge.spool import Stats
-from shared.metrics import BPP_BUCKETS, BYTES_BUCKETS, SECONDS_BUCKETS, BoundedLabel
+from shared.metrics import BPP_BUCKETS, BYTES_BUCKETS, SECONDS_BUCKETS, BoundedLabel, gauge
 
 MAX_CAMERA_LABELS = 200
 
@@ -74,21 +76,30 @@ class EdgeMetrics:
             "sightline_edge_uplink_connects", "Upload streams opened, by how they ended.", ["end"], registry=registry
         )
         self._registry = registry
-        self._gauge(registry, "spool_frames", "Frames without a final acknowledgement.", lambda: spool().frames)
-        self._gauge(registry, "spool_used_bytes", "Pages of the spool in use.", lambda: spool().used_bytes)
-        self._gauge(registry, "spool_writable", "0 while the disk is full or broken.", lambda: spool().writable)
-        self._gauge(
-            registry, "spool_oldest_age_seconds", "Age of the oldest frame in the spool.", lambda: _age_s(spool())
-        )
+        for name, text, value in (
+            ("frames", "Frames without a final acknowledgement.", lambda: spool().frames),
+            ("used_bytes", "Pages of the spool in use.", lambda: spool().used_bytes),
+            ("writable", "0 while the disk is full or broken.", lambda: spool().writable),
+            ("oldest_age_seconds", "Age of the oldest frame in the spool.", lambda: _age_s(spool())),
+        ):
+            gauge(registry, f"sightline_edge_spool_{name}", text, value)
         registry.register(_SpoolTally(spool))
+        self._begin_at_zero()
 
     def follow_models(self, loaded: Callable[[], Sequence[Loaded]]) -> None:
         """Shows the bundles that are loaded now, which may change."""
         self._registry.register(_ModelInfo(loaded))
 
-    @staticmethod
-    def _gauge(registry: CollectorRegistry, name: str, text: str, value: Callable[[], float]) -> None:
-        Gauge(f"sightline_edge_{name}", text, registry=registry).set_function(value)
+    def _begin_at_zero(self) -> None:
+        self.uplink_acks.labels("persisted", "")
+        for value in ingest_pb2.RejectReason.values()[1:]:
+            self.uplink_acks.labels("rejected", ack_label(ingest_pb2.RejectReason, value, "REJECT_REASON_"))
+        for retry in ingest_pb2.RetryReason.values()[1:]:
+            self.uplink_acks.labels("retry_later", ack_label(ingest_pb2.RetryReason, retry, "RETRY_REASON_"))
+        for code in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ALREADY_EXISTS", "UNAVAILABLE"):
+            self.failed.labels(code)
+        for end in ("ok", "unavailable", "stalled", "failed"):
+            self.uplink_connects.labels(end)
 
 
 class _ModelInfo(Collector):
@@ -121,6 +132,14 @@ class _SpoolTally(Collector):
         refused = CounterMetricFamily("sightline_edge_spool_refused", "Frames refused because the spool was full.")
         refused.add_metric([], tally.refused)
         return [lost, refused]
+
+
+def ack_label(enum: Any, value: int, prefix: str) -> str:
+    """An enum value's short name in lower case; a number that is not known here is "other"."""
+    try:
+        return str(enum.Name(value)).removeprefix(prefix).lower()
+    except ValueError:
+        return "other"
 
 
 def _age_s(stats: Stats) -> float:

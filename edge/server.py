@@ -3,18 +3,20 @@
     settings -> codecs -> spool -> engine -> uplink -> gRPC server -> ready
     SIGTERM  -> no new calls, running ones finish -> uplink gets its acknowledgements -> spool is closed -> exit 0
 
-The cloud need not be there: pictures are encoded and spooled, and sent when it is.
+The cloud need not be there: pictures are encoded and spooled, and sent when it is. A spool that cannot be opened (its
+disk is mounted late, another process still drains) is waited for: meanwhile the ports answer, and say so.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import grpc
 import torch
 from prometheus_client import CollectorRegistry
-from sightline.v1 import admin_pb2_grpc, edge_pb2_grpc, quarantine_pb2_grpc
+from sightline.v1 import admin_pb2_grpc, edge_pb2, edge_pb2_grpc, quarantine_pb2_grpc
 
 from edge import images
 from edge.admin import BundleAdmin, EdgeAdmin
@@ -31,13 +33,14 @@ from edge.spool_file import Limits
 from edge.uplink import Uplink
 from shared import logs
 from shared.codec.codec import Codec
-from shared.errors import InvalidSettings
+from shared.errors import InvalidSettings, Unavailable
 from shared.logs import facts
+from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
 from shared.quarantine import QuarantineService
 from shared.rpc import tls
 from shared.rpc.reload import ReloadMetrics
-from shared.rpc.server import Server, stop_on_signal
+from shared.rpc.server import Server, stop_on_signal, unless_stopped
 
 _log = logging.getLogger("sightline.edge")
 
@@ -47,17 +50,18 @@ MESSAGE_OVERHEAD_BYTES = 4096  # of an upload beside its two streams, amply
 
 
 async def serve(settings: EdgeSettings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises InvalidSettings, InvalidBundle, UnknownModel, Unavailable."""
+    """Serves until SIGTERM or SIGINT. Raises InvalidSettings, InvalidBundle, UnknownModel."""
     logs.configure(settings.log_level, settings.log_format)
     async with stop_on_signal() as stop:
-        edge = await Edge.start(settings)
-        try:
-            edge.server.announce(edge_id=settings.edge_id)
-            _log.info("ready", extra=facts(port=edge.server.port, metrics_port=edge.server.metrics_port))
-            await stop.wait()
-            await edge.server.drain()
-        finally:
-            await edge.close()
+        edge = await unless_stopped(stop, Edge.start(settings))
+        if edge is not None:
+            try:
+                edge.server.announce(edge_id=settings.edge_id)
+                _log.info("ready", extra=facts(port=edge.server.port, metrics_port=edge.server.metrics_port))
+                await stop.wait()
+                await edge.server.drain()
+            finally:
+                await edge.close()
     _log.info("stopped")
 
 
@@ -78,7 +82,7 @@ class Edge:
     async def start(cls, settings: EdgeSettings) -> "Edge":
         """Builds every part and starts to serve. Raises as `serve`."""
         codecs = await asyncio.to_thread(_load_codecs, settings)
-        spool = Spool(settings.data_dir / "spool.sqlite", _spool_limits(settings))
+        spool = await _open_spool(settings)
         registry = CollectorRegistry()
         metrics = EdgeMetrics(registry, lambda: spool.stats)
         models = Models(codecs)
@@ -102,6 +106,7 @@ class Edge:
             admin=_admin_services(settings, spool, models, control, lambda: edge.uplink),
         )
         edge = cls(server, service, spool, engine, None)
+        _publish_settings(registry, settings)
         try:
             await server.start()
             if settings.cloud:
@@ -109,11 +114,16 @@ class Edge:
                 edge.uplink = _uplink(settings, credentials, spool, metrics, models.ids, pacing)
                 edge.uplink.start()
                 edge.renewal = asyncio.create_task(credentials.watch(edge.uplink.renew))
+            server.keep_checking({"spool": edge.check_spool})
             await server.set_serving(SERVICE, True)
         except BaseException:
             await edge.close()
             raise
         return edge
+
+    async def check_spool(self) -> str:
+        """What is wrong with the spool, "" for nothing."""
+        return "" if self.spool.stats.writable else "frames cannot be written: its disk is full or broken"
 
     async def close(self) -> None:
         """Ends everything: what is spooled stays, what waits for an acknowledgement waits a moment longer."""
@@ -124,6 +134,46 @@ class Edge:
         await self.server.close()
         await self.engine.close()
         await self.spool.close()
+
+
+class _NotYet(edge_pb2_grpc.EdgeServiceServicer):
+    """What cameras hear while the spool is not there."""
+
+    async def Compress(self, request: edge_pb2.CompressRequest, context: Any) -> edge_pb2.CompressResponse:
+        raise Unavailable("the edge is still starting; call again in a moment")
+
+    async def CompressStream(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        raise Unavailable("the edge is still starting; call again in a moment")
+
+
+async def _open_spool(settings: EdgeSettings) -> Spool:
+    """The spool, as soon as it can be opened. Raises InvalidSettings."""
+
+    async def open_it() -> Spool:
+        return Spool(settings.data_dir / "spool.sqlite", _spool_limits(settings))
+
+    try:
+        return await open_it()
+    except Unavailable as error:
+        _log.warning("the spool is not there yet", extra=facts(error=error))
+    not_yet = partial(edge_pb2_grpc.add_EdgeServiceServicer_to_server, _NotYet())
+    server = Server(settings, {SERVICE: not_yet}, registry=CollectorRegistry())
+    try:
+        await server.start()
+        return await server.readiness.until_there("spool", open_it)
+    finally:
+        await server.close()
+
+
+def _publish_settings(registry: CollectorRegistry, settings: EdgeSettings) -> None:
+    """What alerts compare the spool's and uplink's figures with."""
+    limit_bytes = int(settings.spool_max_bytes)
+    gauge(registry, "sightline_edge_spool_limit_bytes", "Largest size the spool may have.", lambda: limit_bytes)
+    gauge(registry, "sightline_edge_uplink_enabled", "1 if a cloud is set.", lambda: bool(settings.cloud))
+    gauge(
+        registry, "sightline_edge_disk_free_bytes", "Free on the spool's disk.",
+        lambda: disk_free_bytes(settings.data_dir),
+    )  # fmt: skip
 
 
 def _load_codecs(settings: EdgeSettings) -> list[Codec]:

@@ -19,12 +19,11 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grpc
 from sightline.v1 import ingest_pb2
 
-from edge.metrics import EdgeMetrics
+from edge.metrics import EdgeMetrics, ack_label
 from edge.session import Session
 from edge.spool import Spool
 from edge.spool_rows import Entry, Final
@@ -243,10 +242,10 @@ class Uplink:
     # -- acknowledgements ----------------------------------------------------------------------------------------
 
     def on_ack(self, ack: ingest_pb2.FrameAck) -> None:
-        kind = _name(ingest_pb2.AckState, ack.state, "ACK_STATE_")
-        reason = _name(ingest_pb2.RejectReason, ack.reject_reason, "REJECT_REASON_") if ack.reject_reason else ""
+        kind = ack_label(ingest_pb2.AckState, ack.state, "ACK_STATE_")
+        reason = ack_label(ingest_pb2.RejectReason, ack.reject_reason, "REJECT_REASON_") if ack.reject_reason else ""
         if ack.retry_reason:
-            reason = _name(ingest_pb2.RetryReason, ack.retry_reason, "RETRY_REASON_")
+            reason = ack_label(ingest_pb2.RetryReason, ack.retry_reason, "RETRY_REASON_")
         self._metrics.uplink_acks.labels(kind, reason).inc()
 
     def on_retry_later(self, frame_id: int, missing_model_id: str, after_s: float, detail: str) -> None:
@@ -297,11 +296,3 @@ class Uplink:
 def pause_s(failures: int, longest_s: float, jitter: float) -> float:
     """Seconds to wait after so many failures in a row: doubling up to the longest, times `jitter` in [0.5, 1]."""
     return float(jitter * min(longest_s, BACKOFF_MIN_S * 2.0 ** min(failures, 16)))
-
-
-def _name(enum: Any, value: int, prefix: str) -> str:
-    """An enum value's short name in lower case; a number that is not known here is "other"."""
-    try:
-        return str(enum.Name(value)).removeprefix(prefix).lower()
-    except ValueError:
-        return "other"

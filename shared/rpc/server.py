@@ -6,7 +6,7 @@
              all within `drain_s`; what is still running then is cancelled
 
 One event loop a process. The HTTP page is prometheus_client's own server on its thread; what it reads from here is
-two flags and a time, so it answers `/healthz` with 503 when the loop itself hangs.
+some flags and a time, so it answers `/healthz` with 503 when the loop itself hangs. `/readyz` says why it is not ready.
 """
 
 import asyncio
@@ -16,14 +16,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry, make_wsgi_app, start_wsgi_server
 
 from shared.errors import InvalidSettings
@@ -32,10 +31,12 @@ from shared.rpc import tls
 from shared.rpc.access import Access
 from shared.rpc.interceptors import ServerInterceptor
 from shared.rpc.limits import CallLimits
+from shared.rpc.readiness import Readiness
 from shared.rpc.reload import ReloadMetrics
 from shared.settings import ServerSettings
 
 _log = logging.getLogger("sightline.rpc")
+_T = TypeVar("_T")
 METADATA_BYTES = 16 << 10
 HANDSHAKE_S = 10.0
 _LOOP_HANGS_S = 30.0
@@ -64,13 +65,12 @@ class Server:
         self._settings = settings
         self._services = services
         self._registry = registry
-        self._health = HealthServicer()
-        self._serving = dict.fromkeys(services, False)
         self._beat = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._http: WSGIServer | None = None
         self._started = False
         self.draining = draining or asyncio.Event()
+        self.readiness = Readiness(services, self.draining, registry)
         self.port = 0
         self.admin_port = 0
         self.metrics_port = 0
@@ -108,11 +108,10 @@ class Server:
     async def start(self) -> None:
         """Binds and starts; every service is NOT_SERVING until `set_serving`. Raises InvalidSettings."""
         settings = self._settings
-        for name, add in self._services.items():
+        for add in self._services.values():
             add(self._grpc)
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        await self.readiness.tell()
+        health_pb2_grpc.add_HealthServicer_to_server(self.readiness.health, self._grpc)
         if settings.reflection:
             from grpc_reflection.v1alpha import reflection  # an optional package
 
@@ -161,20 +160,16 @@ class Server:
 
     async def set_serving(self, service: str, serving: bool) -> None:
         """What the health service says of one service, and through all of them of the whole server."""
-        self._serving[service] = serving
-        both = health_pb2.HealthCheckResponse
-        await self._health.set(service, both.SERVING if serving else both.NOT_SERVING)
-        await self._health.set("", both.SERVING if all(self._serving.values()) else both.NOT_SERVING)
+        await self.readiness.set_serving(service, serving)
 
-    @property
-    def ready(self) -> bool:
-        """Every service serves and the server is not draining."""
-        return all(self._serving.values()) and not self.draining.is_set()
+    def keep_checking(self, checks: Mapping[str, Callable[[], Awaitable[str]]]) -> None:
+        """Until `close`: readiness follows what these parts say is wrong with them, "" for nothing."""
+        self._tasks.append(asyncio.create_task(self.readiness.keep_checking(checks)))
 
     async def drain(self) -> None:
         """Ends intake and waits for running calls, at most `drain_s`."""
         self.draining.set()
-        await self._health.enter_graceful_shutdown()
+        await self.readiness.health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._settings.drain_s):
                 await self._calls.until_idle()
@@ -236,13 +231,17 @@ class Server:
             if path == "/metrics":
                 body: Iterable[bytes] = metrics(environ, start_response)
                 return body
-            checks = {"/healthz": time.monotonic() - self._beat < _LOOP_HANGS_S, "/readyz": self.ready}
+            alive = time.monotonic() - self._beat < _LOOP_HANGS_S
+            checks = {
+                "/healthz": (alive, "ok\n" if alive else "the event loop hangs\n"),
+                "/readyz": (self.readiness.ready, self.readiness.report()),
+            }
             if path not in checks:
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"/metrics, /healthz and /readyz are here\n"]
-            good = checks[path]
+            good, said = checks[path]
             start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"ok\n" if good else b"not now\n"]
+            return [said.encode()]
 
         return answer
 
@@ -271,3 +270,15 @@ async def stop_on_signal() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """What `work` returns or raises; None if `stop` was set first, after `work` was cancelled and has cleaned up."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return None
+    return working.result()

@@ -13,18 +13,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from safetensors.torch import save_file
 from sightline.v1 import common_pb2, detection_pb2, ingest_pb2
 
 from cloud.detections.log import Retention
 from cloud.detections.sqlite import SqliteLog
 from cloud.settings import CloudSettings
-from cloud.tasks.bundled import BundledRCNN
-from cloud.tasks.checkpoints import state_hash
-from shared.codec.bundle import save_bundle
-from shared.codec.codec import Codec
 from shared.codec.types import Bitstream
 from shared.errors import InvalidSettings
 from tests.cloud.harness import Edge
@@ -47,28 +41,6 @@ class Process:
     def page(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ready['metrics_port']}{path}", timeout=30) as page:
             return page.read().decode()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, codec: Codec) -> dict[str, str]:
-    """A codec and a task network as folders; the network is the bundled architecture with random weights."""
-    folder = tmp_path_factory.mktemp("models")
-    bundle = codec.bundle
-    save_bundle(
-        folder / "codec",
-        name=bundle.name,
-        architecture=bundle.architecture,
-        skip_below=bundle.skip_below,
-        arrays=bundle.arrays,
-        info=bundle.info,
-    )
-    torch.manual_seed(1)
-    network = BundledRCNN()
-    (folder / "task").mkdir()
-    save_file(network.state_dict(), folder / "task" / "weights.safetensors")
-    manifest = {"architecture": "faster-rcnn-mobilenetv2-fpn", "model_id": state_hash(network)}
-    (folder / "task" / "manifest.json").write_text(json.dumps(manifest))
-    return {"models": str(folder / "codec"), "tasks": str(folder / "task")}
 
 
 @asynccontextmanager
@@ -95,8 +67,9 @@ async def running(folder: Path, models: dict[str, str]) -> AsyncIterator[Process
         popen.communicate()
 
 
-def start(environment: dict[str, str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
+def start(environment: dict[str, str], stderr: int | None = None) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 async def logged(folder: Path) -> list[detection_pb2.DetectionEvent]:

@@ -1,12 +1,16 @@
 """The edge as a process of its own: it tells its ports, drains on SIGTERM, and loses nothing to SIGKILL."""
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +22,8 @@ from sightline.v1 import edge_pb2, edge_pb2_grpc
 
 from edge.server import Edge
 from edge.settings import EdgeSettings
-from shared.errors import InvalidSettings, Unavailable, UnknownModel
+from shared.errors import InvalidSettings, UnknownModel
+from tests.edge.conftest import RunningEdge
 
 PROGRAM = "import asyncio\nfrom edge.server import serve\nfrom edge.settings import EdgeSettings\n"
 SERVE = PROGRAM + "asyncio.run(serve(EdgeSettings.load()))"
@@ -174,14 +179,83 @@ async def test_what_cannot_work_is_told_at_start_and_leaves_nothing_running(
     assert not {"spool-writer", "transform_0"} & {thread.name for thread in threading.enumerate()}
 
 
-def test_a_second_edge_on_the_same_data_is_refused(tmp_path: Path) -> None:
-    with process(tmp_path) as first:
-        assert first.ready
-        with process(tmp_path) as second:
-            assert second.ready == {}
-            _, err = second.popen.communicate(timeout=30)
-            assert f"{Unavailable.__name__}: spool" in err
-            assert "in use by another process" in err
+async def test_an_edge_waits_for_a_spool_that_another_still_holds_and_then_takes_over(
+    tmp_path: Path, running_edge: RunningEdge, small_jpeg: bytes
+) -> None:
+    second = None
+    async with running_edge() as (_, stub):
+        port = free_port()
+        flags = {"listen": f"127.0.0.1:{port}", "metrics_listen": "127.0.0.1:0", "data_dir": tmp_path / "edge"}
+        second = asyncio.create_task(Edge.start(EdgeSettings.load(**flags)))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            request = edge_pb2.CompressRequest(encoded=small_jpeg, options=SPOOLED)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await edge_pb2_grpc.EdgeServiceStub(channel).Compress(request, wait_for_ready=True, timeout=60)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "still starting" in str(refused.value.details())
+        assert not second.done()
+        await stub.Compress(request)  # the first goes on meanwhile
+    edge = await asyncio.wait_for(second, 60)
+    try:
+        assert edge.server.readiness.ready
+        assert edge.spool is not None
+        assert edge.spool.stats.frames == 1
+    finally:
+        await edge.close()
+
+
+def test_an_edge_without_its_disk_lives_says_so_begins_when_it_comes_and_stops_when_told(tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    mount.write_text("no folder, as a disk that is not there")
+    metrics_port = free_port()
+    environment = {
+        "SIGHTLINE_EDGE_LISTEN": "127.0.0.1:0",
+        "SIGHTLINE_EDGE_METRICS_LISTEN": f"127.0.0.1:{metrics_port}",
+        "SIGHTLINE_EDGE_DATA_DIR": str(mount / "edge"),
+        "SIGHTLINE_EDGE_LOG_FORMAT": "json",
+    }
+    for disk_comes in (False, True):
+        popen = subprocess.Popen(
+            [sys.executable, "-c", SERVE],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert popen.stdout is not None
+            assert popen.stderr is not None
+            waiting = next(line for line in map(json.loads, popen.stderr) if line["message"] == "waiting for the spool")
+            assert "cannot be opened" in waiting["error"]
+            assert page(metrics_port, "/healthz") == (200, "ok\n")
+            code, said = page(metrics_port, "/readyz")
+            assert code == 503
+            assert said.startswith("spool: spool ")
+            if disk_comes:
+                mount.unlink()
+                mount.mkdir()
+                assert json.loads(popen.stdout.readline())["ready"]
+                assert page(metrics_port, "/readyz") == (200, "ok\n")
+            popen.terminate()
+            popen.communicate(timeout=60)
+            assert popen.returncode == 0
+        finally:
+            popen.kill()
+            popen.communicate()
+
+
+def page(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def test_every_setting_says_what_it_is() -> None:
