@@ -81,6 +81,8 @@ class Access:
             ["reason"],
             registry=registry,
         )
+        for reason in ("unauthenticated", "permission"):
+            self.refused.labels(reason)
         self._policy: Reloaded[Policy] | None = None
         if policy_file is not None:
             self._policy = Reloaded(

@@ -67,6 +67,9 @@ class Reloaded(Generic[T]):
         self._checked_s = time.monotonic()
         self._value = parse(self._read())
         self.changes = 0  # values that took another's place
+        if metrics is not None:
+            for result in ("used", "refused"):  # a counter that first appears at 1 has no increase to be seen
+                metrics.reloads.labels(what, result)
 
     def get(self) -> T:
         """The value in force. Never raises."""
