@@ -22,6 +22,7 @@ EXTRA_OF = {
     "torchvision": "cloud",
     "supervision": "cloud",
     "onnxruntime": "onnx",
+    "opentelemetry": "tracing",
     "compressai": "train",
     "lightning": "train",
     "matplotlib": "train",

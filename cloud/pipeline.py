@@ -37,6 +37,7 @@ from shared.errors import (
     UnknownModel,
 )
 from shared.logs import facts
+from shared.tracing import Stage, Tracer
 
 _log = logging.getLogger("sightline.cloud.pipeline")
 _UNKNOWN_MODEL_RETRY_MS = 10_000  # a model comes with a restart, not by itself
@@ -134,6 +135,7 @@ class Pipeline:
         min_score: float,
         limits: PipelineLimits,
         metrics: CloudMetrics,
+        tracer: Tracer | None = None,
         unix_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         self.inference = inference
@@ -143,6 +145,7 @@ class Pipeline:
         self._min_score = min_score
         self.limits = limits
         self._metrics = metrics
+        self._tracer = tracer
         self._unix_us = unix_us
         self._running: dict[FrameName, asyncio.Task[Verdict]] = {}
         self._held_bytes = 0
@@ -275,13 +278,43 @@ class Pipeline:
         self.log_failure = None
         if not appended.new:
             return await self._already(appended.sequence)
-        self._metrics.log_append_seconds.observe(time.perf_counter() - start)
+        log_s = time.perf_counter() - start
+        self._metrics.log_append_seconds.observe(log_s)
         self._metrics.events.labels(events.outcome_label(event.outcome)).inc()
         captured_us = event.capture_time.ToMicroseconds()
         if event.outcome == common_pb2.OUTCOME_DETECTIONS and captured_us:
             delay_us = self._unix_us() - captured_us
             self._metrics.capture_to_detection_seconds.observe(max(0.0, delay_us / 1e6))
+        _log.debug("persisted", extra=facts(frame=name, outcome=events.outcome_label(event.outcome)))
+        if self._tracer is not None:
+            self._trace(self._tracer, name, event, log_s)
         return Verdict(ingest_pb2.ACK_STATE_PERSISTED, event.outcome)
+
+    def _trace(self, tracer: Tracer, name: FrameName, event: detection_pb2.DetectionEvent, log_s: float) -> None:
+        """The cloud's span of a frame, from its receipt to its record, which is durable now."""
+        timings = event.timings
+        stages = [
+            Stage(stage, milliseconds / 1e3)
+            for stage, milliseconds in (
+                ("queue", timings.queue_ms),
+                ("unpack", timings.unpack_ms),
+                ("synthesise", timings.synthesise_ms),
+                ("task", timings.task_ms),
+                ("log", log_s * 1e3),
+            )
+            if milliseconds
+        ]
+        tracer.record(
+            str(name),
+            "cloud.frame",
+            seconds=(self._unix_us() - event.received_time.ToMicroseconds()) / 1e6,
+            stages=stages,
+            attributes={
+                "sightline.outcome": events.outcome_label(event.outcome),
+                "sightline.edge": event.edge_id,
+                "sightline.detections": sum(len(result.detections) for result in event.results),
+            },
+        )
 
     async def _already(self, sequence: int) -> Verdict:
         """The verdict on a frame whose record is at `sequence`; its outcome is unspecified if retention took it."""

@@ -29,7 +29,7 @@ from cloud.replay import Replayer
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.loading import load_task
-from shared import logs
+from shared import logs, tracing
 from shared.codec.codec import Codec
 from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
@@ -79,6 +79,7 @@ async def _run(
 ) -> None:
     """Opens what the services need, serves until `stop`, and closes it in the order that loses nothing."""
     folder = settings.data_dir.expanduser()
+    tracer = tracing.start(settings, "sightline-cloud", settings.cloud_id)
     until_there = server.readiness.until_there
     log = await unless_stopped(
         stop, until_there("log", lambda: SqliteLog.open(folder / "detections.sqlite", settings.retention))
@@ -99,6 +100,7 @@ async def _run(
             min_score=settings.min_score,
             limits=settings.pipeline_limits,
             metrics=metrics,
+            tracer=tracer,
         )
         ingest.open(pipeline)
         detection.open(pipeline, log)
@@ -119,6 +121,8 @@ async def _run(
         await quarantine.close()
     finally:
         await log.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
     _log.info("stopped")
 
 

@@ -31,7 +31,7 @@ from edge.settings import EdgeSettings
 from edge.spool import Spool
 from edge.spool_file import Limits
 from edge.uplink import Uplink
-from shared import logs
+from shared import logs, tracing
 from shared.codec.codec import Codec
 from shared.errors import InvalidSettings, Unavailable
 from shared.logs import facts
@@ -107,6 +107,7 @@ class Edge:
         )
         edge = cls(server, service, spool, engine, None)
         _publish_settings(registry, settings)
+        service.tracer = tracing.start(settings, "sightline-edge", settings.edge_id)
         try:
             await server.start()
             if settings.cloud:
@@ -134,6 +135,8 @@ class Edge:
         await self.server.close()
         await self.engine.close()
         await self.spool.close()
+        if self.service.tracer is not None:
+            await asyncio.to_thread(self.service.tracer.close)
 
 
 class _NotYet(edge_pb2_grpc.EdgeServiceServicer):

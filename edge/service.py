@@ -27,12 +27,14 @@ from edge.rate import Pacing
 from edge.settings import NAME_PATTERN
 from edge.spool import Spool, wall_clock_us
 from edge.spool_rows import Draft, Final, Placed
+from shared import tracing
 from shared.codec import bitstream
 from shared.codec.types import QUALITY_STEP, quality_to_steps
 from shared.errors import InvalidImage, InvalidInput, SightlineError, TooLarge, Unavailable
 from shared.logs import facts, frame_id
 from shared.rpc import status
 from shared.rpc.access import caller
+from shared.tracing import FIRST_SPAN, Stage, Tracer
 
 _log = logging.getLogger("sightline.edge")
 _CAMERA_ID = re.compile(NAME_PATTERN)
@@ -92,13 +94,16 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         self._metrics = metrics
         self._defaults = defaults
         self._draining = draining
+        self.tracer: Tracer | None = None
 
     async def Compress(self, request: edge_pb2.CompressRequest, context: Any) -> edge_pb2.CompressResponse:
+        tracing.hear(context)
         return edge_pb2.CompressResponse(receipt=await self.answer(request, wait_for_room=False))
 
     async def CompressStream(
         self, request_iterator: AsyncIterator[edge_pb2.CompressStreamRequest], context: Any
     ) -> AsyncIterator[edge_pb2.CompressStreamResponse]:
+        tracing.hear(context)
         answers: asyncio.Queue[edge_pb2.CompressStreamResponse | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator, answers))
         reader.add_done_callback(lambda _: answers.put_nowait(None))
@@ -272,6 +277,8 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         )
         receipt.duplicate = placed.duplicate
         receipt.timings.spool_ms = _ms(spooled_s)
+        if self.tracer is not None and not placed.duplicate:
+            _trace(self.tracer, order, encoded, placed, spooled_s)
         end = await self._end(order, placed, final)
         if end is not None:
             receipt.state = edge_pb2.RECEIPT_STATE_PERSISTED
@@ -323,6 +330,30 @@ def _receipt(order: _Order, encoded: Encoded) -> edge_pb2.Receipt:
             pack_ms=_ms(encoded.pack_s),
         ),
         bitstream=file if order.return_bitstream else b"",
+    )
+
+
+def _trace(tracer: Tracer, order: _Order, encoded: Encoded, placed: Placed, spooled_s: float) -> None:
+    """The edge's span of a spooled frame, which ends now."""
+    stages = [
+        Stage("image", encoded.image_s),
+        Stage("queue", encoded.queue_s),
+        Stage("analyse", encoded.analyse_s),
+        Stage("pack", encoded.pack_s),
+        Stage("spool", spooled_s),
+    ]
+    bits = encoded.bitstream
+    tracer.record(
+        frame_id(order.camera_id, placed.name.epoch, placed.name.seq),
+        FIRST_SPAN,
+        seconds=sum(stage.seconds for stage in stages),
+        stages=stages,
+        attributes={
+            "sightline.camera": order.camera_id,
+            "sightline.model": bits.model_id,
+            "sightline.quality": bits.quality / QUALITY_STEP,
+            "sightline.coded_bytes": len(bits.hyper) + len(bits.latents),
+        },
     )
 
 

@@ -1,7 +1,8 @@
 """Log lines on stderr, for people (console) or for machines (json), with the frame's name wherever there is one.
 
 A call gives facts as `extra=facts(frame=..., camera=...)`, never inside the sentence, so that both forms carry the
-same. Secrets and pictures are never facts.
+same. Secrets and pictures are never facts. What a peer wrote (a reason, an error) stays inside its line: a fact with
+blanks or control characters is quoted, and no fact takes the place of a line's own fields.
 """
 
 import json
@@ -26,11 +27,11 @@ def frame_id(camera_id: str, epoch: int, seq: int) -> str:
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
+            **getattr(record, _FACTS, {}),
             "time": _utc(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, _FACTS, {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -39,9 +40,17 @@ class _JsonFormatter(logging.Formatter):
 
 class _ConsoleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        pairs = "".join(f"  {name}={value}" for name, value in getattr(record, _FACTS, {}).items())
-        line = f"{_utc(record.created)} {record.levelname.lower():7} {record.name}: {record.getMessage()}{pairs}"
+        pairs = "".join(f"  {name}={_quoted(value)}" for name, value in getattr(record, _FACTS, {}).items())
+        message = record.getMessage()
+        if not message.isprintable():
+            message = json.dumps(message)
+        line = f"{_utc(record.created)} {record.levelname.lower():7} {record.name}: {message}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
 def _utc(seconds: float) -> str:

@@ -113,6 +113,11 @@ class ServerSettings(Settings):
         description="host:port of the HTTP server with /metrics, /healthz and /readyz; port 0 takes a free one, "
         "empty switches it off",
     )
+    metrics_insecure: bool = Field(
+        default=False,
+        description="allow metrics_listen, which is plaintext and asks nobody who they are, on an address that is not "
+        "loopback, for Prometheus and probes on a network of their own",
+    )
     ready_file: Path | None = Field(
         default=None, description="file that gets a line of JSON with the bound ports once the service is ready"
     )
@@ -163,3 +168,15 @@ class ServerSettings(Settings):
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )
     log_format: str = Field(default="console", pattern="^(console|json)$", description="console or json, on stderr")
+    trace_endpoint: str = Field(
+        default="",
+        pattern=r"^(https?://\S+)?$",
+        description="http:// or https:// address of an OpenTelemetry collector (OTLP over gRPC, mostly port 4317) that "
+        "gets a trace of each frame; empty: none",
+    )
+    trace_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of frames that are traced; the same at edge and cloud, so that they choose the same frames",
+    )

@@ -212,10 +212,11 @@ class Server:
     def _start_http(self) -> None:
         if not self._settings.metrics_listen:
             return
-        if not self._settings.insecure and not tls.is_local(self._settings.metrics_listen):
+        allowed = self._settings.insecure or self._settings.metrics_insecure
+        if not allowed and not tls.is_local(self._settings.metrics_listen):
             raise InvalidSettings(
                 f"setting metrics_listen: {self._settings.metrics_listen} would be open to the network in plaintext; "
-                "listen on loopback, or set insecure to allow it"
+                "listen on loopback, or set metrics_insecure to allow it"
             )
         host, port = tls.split_address(self._settings.metrics_listen, "metrics_listen")
         try:

@@ -31,6 +31,7 @@ from cloud.server import DETECTION, INGEST, admin_services
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.types import Detections, TaskKind
+from shared import tracing
 from shared.codec import bitstream as bits
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame
@@ -119,6 +120,7 @@ class RunningCloud:
 
     async def start(self) -> "RunningCloud":
         settings, metrics = self.settings, CloudMetrics(self.registry)
+        self.tracer = tracing.start(settings, "sightline-cloud", settings.cloud_id)
         draining = asyncio.Event()
         self.log = await SqliteLog.open(settings.data_dir / "detections.sqlite", settings.retention)
         self.quarantine = Quarantine(
@@ -133,6 +135,7 @@ class RunningCloud:
         self.pipeline = Pipeline(
             self.inference, self.log, self.quarantine,
             tasks=[self.spot.name], min_score=settings.min_score, limits=settings.pipeline_limits, metrics=metrics,
+            tracer=self.tracer,
         )  # fmt: skip
         self.ingest = IngestService(settings.cloud_id, settings.stream_limits, draining, metrics)
         self.detection = DetectionService(settings.subscription_limits, settings.max_subscribers, metrics)
@@ -165,6 +168,8 @@ class RunningCloud:
         await self.inference.close()
         await self.quarantine.close()
         await self.log.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     def channel(self) -> grpc.aio.Channel:
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.port}")
