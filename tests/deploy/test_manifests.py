@@ -18,7 +18,7 @@ import sysconfig
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bench.broker import server_binary
 from cli import certs
 from cloud.settings import CloudSettings
 from edge.settings import EdgeSettings
@@ -58,6 +59,14 @@ def manifest(kind: str, name: str) -> dict[str, Any]:
     return found
 
 
+def instruction(text: str, name: str) -> str:
+    return re.findall(rf"^(?:    )?{name} (.*)$", text.replace("\\\n", " "), re.M)[-1].strip()
+
+
+def image_environment(path: Path) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in instruction(path.read_text(), "ENV").split())
+
+
 # -- by schema -------------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +96,12 @@ def test_the_compose_file_is_valid_and_what_it_mounts_is_there() -> None:
                 assert (DEPLOY / "compose" / source).exists(), source
             elif not source.startswith("."):
                 assert source in COMPOSE["volumes"]
+
+
+def test_nats_takes_its_configuration_and_syncs_every_write() -> None:
+    conf = DEPLOY / "compose" / "nats.conf"
+    ran(server_binary(), "-t", "--config", conf)
+    assert "sync_interval: always" in conf.read_text()
 
 
 def test_the_manifests_are_valid_kubernetes_and_the_kustomization_names_them_all() -> None:
@@ -190,31 +205,28 @@ def test_the_shipped_policies_are_read_as_policies() -> None:
 # -- by execution ----------------------------------------------------------------------------------------------------
 
 
-def instruction(text: str, name: str) -> str:
-    return re.findall(rf"^(?:    )?{name} (.*)$", text.replace("\\\n", " "), re.M)[-1].strip()
-
-
-def image_environment(path: Path) -> dict[str, str]:
-    return dict(part.split("=", 1) for part in instruction(path.read_text(), "ENV").split())
-
-
 class Sandbox:
     """A running command in a place that looks as its container or unit does."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", inside: int, log: Path) -> None:
         self.process, self.inside, self.log = process, inside, log
+        self._enter = ["nsenter", f"--target={inside}", "--user", "--net", "--mount", "--preserve-credentials", "--"]
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """The exit code of another command in the same place."""
-        enter = ["nsenter", f"--target={self.inside}", "--user", "--net", "--mount", "--preserve-credentials", "--"]
-        return subprocess.run([*enter, *command], env=dict(environment), capture_output=True).returncode
+        return subprocess.run([*self._enter, *command], env=dict(environment), capture_output=True).returncode
 
-    def until_healthy(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Another command in the same place, beside the first."""
+        with self.log.open("ab") as out:
+            return subprocess.Popen([*self._enter, *command], env=dict(environment), stdout=out, stderr=out)
+
+    def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + READY_S
-        while self.run(command, environment) != 0:
+        while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.5)  # as the container runtime asks it, again and again
+            time.sleep(0.5)  # as a container runtime asks, again and again
 
     def end(self) -> int:
         os.kill(self.inside, signal.SIGTERM)
@@ -228,7 +240,6 @@ def sandbox(
     *,
     files: Mapping[str, Path],
     writable: Sequence[str],
-    side: str,
 ) -> Iterator[Sandbox]:
     """`files`: path inside -> file here, read-only. `writable`: folders inside."""
     with tempfile.TemporaryDirectory() as folder:
@@ -241,16 +252,16 @@ def sandbox(
             elif Path("/", name).is_dir():
                 arguments += ["--ro-bind", f"/{name}", f"/{name}"]
         arguments += ["--ro-bind", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+        for path in writable:
+            own = Path(folder, path.strip("/").replace("/", "-"))
+            own.mkdir()
+            arguments += ["--bind", str(own), path]
         # This environment stands where it was made, because scripts name their interpreter, and where it is to be.
         for path in {str(base), sys.prefix, str(ROOT)}:
             arguments += ["--ro-bind", path, path]
         arguments += ["--ro-bind", sys.prefix, "/opt/sightline"]
         for path, here in files.items():
             arguments += ["--ro-bind", str(here), path]
-        for path in writable:
-            own = Path(folder, path.strip("/").replace("/", "-"))
-            own.mkdir()
-            arguments += ["--bind", str(own), path]
         told = Path(folder, "bwrap.json")
         log = Path(folder, "log")
         with told.open("wb") as tell, log.open("wb") as out:
@@ -295,9 +306,81 @@ def test_the_image_s_command_and_health_check_run_as_written(path: Path, tls: Pa
     command = ast.literal_eval(instruction(text, "ENTRYPOINT")) + ast.literal_eval(instruction(text, "CMD"))
     healthy = ast.literal_eval(re.findall(r"^HEALTHCHECK .*?CMD (\[.*\])$", text.replace("\\\n", " "), re.M)[0])
     data = ast.literal_eval(instruction(text, "VOLUME"))
-    with sandbox(command, environment, files=tls_files(tls, side), writable=["/tmp", *data], side=side) as running:
-        running.until_healthy(healthy, environment)
+    with sandbox(command, environment, files=tls_files(tls, side), writable=["/tmp", *data]) as running:
+        running.until(lambda: running.run(healthy, environment) == 0)
         assert running.end() == 0
+
+
+IMAGE = {path.name.partition(".")[0]: path for path in DOCKERFILES}
+BROKER = ["/opt/sightline/bin/nats-server", "--config", "/etc/nats/nats.conf"]
+
+
+def composed(side: str) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment that compose gives to a service's image."""
+    service = COMPOSE["services"][side]
+    return service["command"], service["environment"]
+
+
+def orchestrated() -> tuple[list[str], dict[str, str]]:
+    [container] = manifest("Deployment", "sightline-cloud")["spec"]["template"]["spec"]["containers"]
+    own = {each["name"]: "sightline-cloud-1" for each in container["env"]}  # the pod's name
+    return container["args"], manifest("ConfigMap", "sightline-cloud")["data"] | own
+
+
+@needs_sandbox
+@pytest.mark.slow  # starts every service of every manifest
+@pytest.mark.parametrize(
+    ("side", "given", "replicas"),
+    [("edge", composed("edge"), 0), ("cloud", composed("cloud"), 1), ("cloud", orchestrated(), 3)],
+    ids=["compose edge", "compose cloud", "kubernetes cloud"],
+)
+def test_what_compose_and_kubernetes_run_waits_for_its_broker_and_serves(
+    side: str, given: tuple[list[str], dict[str, str]], replicas: int, tls: Path, tmp_path: Path
+) -> None:
+    image = IMAGE[side].read_text()
+    arguments, own = given
+    environment = image_environment(IMAGE[side]) | own
+    policy = tmp_path / "policy.toml"
+    policy.write_text(manifest("ConfigMap", "sightline-policy")["data"]["policy.toml"])
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost cloud nats nats.nats.svc\n")
+    files = {
+        **tls_files(tls, side),
+        "/etc/hosts": hosts,
+        "/etc/nats/nats.conf": DEPLOY / "compose" / "nats.conf",
+        "/etc/sightline/policy.toml": policy,
+        "/etc/sightline/policy/policy.toml": policy,
+    }
+    healthy = ast.literal_eval(re.findall(r"^HEALTHCHECK .*?CMD (\[.*\])$", image.replace("\\\n", " "), re.M)[0])
+    command = ast.literal_eval(instruction(image, "ENTRYPOINT")) + arguments
+    # One server stands for the cluster's three: it cannot keep three copies of anything.
+    if replicas > 1:
+        environment["SIGHTLINE_CLOUD_LOG_REPLICAS"] = "1"
+    with sandbox(command, environment, files=files, writable=["/tmp", "/var/lib/sightline", "/data"]) as running:
+        if replicas:
+            assert server_binary().name == "nats-server"  # and is the one that was pinned
+            running.until(lambda: "waiting for the log" in running.log.read_text())
+            broker = running.start(BROKER, environment)
+        running.until(lambda: running.run(healthy, environment) == 0)
+        if replicas:
+            asked = COMPOSE["services"]["nats"]["healthcheck"]["test"][1:]
+            assert running.run(asked, environment) == 0
+        assert running.end() == 0
+        if replicas:
+            broker.terminate()
+            broker.wait(30)
+
+
+@needs_sandbox
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (Debian: apt-get install prometheus)")
+def test_the_prometheus_of_the_compose_file_runs_as_written() -> None:
+    service = COMPOSE["services"]["prometheus"]
+    mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
+    files = {"/etc/prometheus": DEPLOY / "compose" / "../prometheus"}
+    assert mounts["../prometheus"] == "/etc/prometheus"
+    with sandbox(["prometheus", *service["command"]], {}, files=files, writable=["/tmp", "/prometheus"]) as running:
+        running.until(lambda: running.run(service["healthcheck"]["test"][1:], {}) == 0)
+        running.end()
 
 
 @needs_sandbox
@@ -315,7 +398,6 @@ def test_the_unit_s_command_runs_as_written(path: Path) -> None:
         environment,
         files={f"/etc/sightline/{side}.toml": DEPLOY / "systemd" / f"{side}.toml"},
         writable=["/tmp", f"/var/lib/{state}", f"/var/cache/{cache}"],
-        side=side,
     ) as running:
-        running.until_healthy(["/opt/sightline/bin/python", "-c", asked], environment)
+        running.until(lambda: running.run(["/opt/sightline/bin/python", "-c", asked], environment) == 0)
         assert running.end() == 0
