@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli import admin, bench, camera, certs, compress, detect, info, quarantine, services, training
+from cli import admin, bench, camera, certs, compress, detect, doctor, info, quarantine, services, training
 from cli.demo import command as demo
 from cli.flags import PASS_ON
 from cli.watch import command as watch
@@ -69,6 +69,10 @@ app.command("camera", rich_help_panel="Cameras and consumers")(camera.camera)
 app.command("watch", rich_help_panel="Cameras and consumers")(watch.watch)
 app.command("edge", rich_help_panel="Services", context_settings=PASS_ON)(services.edge)
 app.command("cloud", rich_help_panel="Services", context_settings=PASS_ON)(services.cloud)
+examine = typer.Typer(no_args_is_help=True)
+examine.command("edge", context_settings=PASS_ON)(doctor.edge)
+examine.command("cloud", context_settings=PASS_ON)(doctor.cloud)
+app.add_typer(examine, name="doctor", rich_help_panel="Operate", help="Find what stands in a service's way.")
 app.add_typer(admin.admin, name="admin", rich_help_panel="Operate", help="Look into a running service, and change it.")
 app.add_typer(
     quarantine.quarantine, name="quarantine", rich_help_panel="Operate", help="List, save and replay rejected frames."

@@ -118,6 +118,10 @@ class ServerSettings(Settings):
         description="allow metrics_listen, which is plaintext and asks nobody who they are, on an address that is not "
         "loopback, for Prometheus and probes on a network of their own",
     )
+    metrics_tls: bool = Field(
+        default=False,
+        description="serve that page in TLS with tls_certificate, and where tls_client_ca is set to its callers only",
+    )
     ready_file: Path | None = Field(
         default=None, description="file that gets a line of JSON with the bound ports once the service is ready"
     )

@@ -29,6 +29,7 @@ from shared.errors import InvalidSettings
 from shared.metrics import build_info
 from shared.rpc import tls
 from shared.rpc.access import Access
+from shared.rpc.http_tls import bound_requests, speak_tls
 from shared.rpc.interceptors import ServerInterceptor
 from shared.rpc.limits import CallLimits
 from shared.rpc.readiness import Readiness
@@ -39,6 +40,7 @@ _log = logging.getLogger("sightline.rpc")
 _T = TypeVar("_T")
 METADATA_BYTES = 16 << 10
 HANDSHAKE_S = 10.0
+IDLE_S = 300.0  # a connection without calls; its caller opens another when it needs one
 _LOOP_HANGS_S = 30.0
 _LAST_ANSWERS_S = 0.5
 _REFUSING_S = 0.25  # between the last running call and the end: busy callers learn to call elsewhere
@@ -98,6 +100,7 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 # What a stranger can make this server hold, before and without a call of its own.
                 ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_S * 1e3)),
+                ("grpc.max_connection_idle_ms", round(IDLE_S * 1e3)),
                 ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.max_concurrent_streams", settings.max_streams_connection),
                 ("grpc.max_metadata_size", METADATA_BYTES),
@@ -212,17 +215,24 @@ class Server:
     def _start_http(self) -> None:
         if not self._settings.metrics_listen:
             return
-        allowed = self._settings.insecure or self._settings.metrics_insecure
-        if not allowed and not tls.is_local(self._settings.metrics_listen):
+        settings = self._settings
+        allowed = settings.insecure or settings.metrics_insecure or settings.metrics_tls
+        if not allowed and not tls.is_local(settings.metrics_listen):
             raise InvalidSettings(
-                f"setting metrics_listen: {self._settings.metrics_listen} would be open to the network in plaintext; "
-                "listen on loopback, or set metrics_insecure to allow it"
+                f"setting metrics_listen: {settings.metrics_listen} would be open to the network in plaintext; "
+                "listen on loopback, set metrics_tls, or set metrics_insecure to allow it"
             )
         host, port = tls.split_address(self._settings.metrics_listen, "metrics_listen")
         try:
             self._http, _ = start_wsgi_server(port, host, self._registry)
         except OSError as error:
             raise InvalidSettings(f"setting metrics_listen: cannot listen on {host} port {port}: {error}") from None
+        bound_requests(self._http)
+        if settings.metrics_tls:
+            certificate, key = settings.tls_certificate, settings.tls_key
+            if certificate is None or key is None:
+                raise InvalidSettings("setting metrics_tls needs tls_certificate and tls_key beside it")
+            speak_tls(self._http, certificate, key, settings.tls_client_ca, self.reload_metrics)
         self._http.set_app(self._page(make_wsgi_app(self._registry)))
         self.metrics_port = self._http.server_port
 

@@ -113,15 +113,16 @@ async def test_everything_is_renewed_under_load_and_no_frame_is_lost(
             await change(lambda: files.trust(new))
 
             files.policy.write_text(POLICY.replace("gate-*", "*"))
-            await camera.more()
+            reloads = edge.server.reload_metrics.reloads
+            async with asyncio.timeout(WAIT_S):
+                while not reloads.labels("policy", "used")._value.get():
+                    await camera.more(1)
             async with files.camera_channel(edge.server.port, old.client(CAMERA)) as forgotten:
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await camera.one(forgotten)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         await require_nothing_lost(cloud, camera)
-        reloads = edge.server.reload_metrics.reloads
         assert reloads.labels("client certificate", "used")._value.get() >= 4
-        assert reloads.labels("policy", "used")._value.get() == 1
         assert len(camera.receipts) >= 15
 
 

@@ -1,5 +1,8 @@
 """Who may do what, with real TLS: identities from certificates and tokens, the policy, and files that change."""
 
+import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from sightline.v1 import admin_pb2, common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2, ingest_pb2, quarantine_pb2
 
 from shared.errors import InvalidSettings
-from shared.rpc import tls
+from shared.rpc import certificates, tls
 from shared.rpc.access import METHODS, caller
 from shared.rpc.certificates import Names, issue
 from shared.rpc.policy import Policy, token_hash
@@ -56,7 +59,7 @@ def policy(tmp_path: Path) -> Path:
 async def running(**flags: Any) -> AsyncIterator[Server]:
     service = Service()
     server = Server(
-        KitSettings.load(metrics_listen="", **flags),
+        KitSettings.load(**{"metrics_listen": "", **flags}),
         {SERVICE: lambda s: detection_pb2_grpc.add_DetectionServiceServicer_to_server(service, s)},
         registry=CollectorRegistry(),
     )
@@ -202,6 +205,36 @@ async def test_a_renewed_certificate_serves_the_next_connection_and_the_old_one_
         assert (await ask(server, other.credentials(other.client(EDGE))))[0] is OK
         ends = server.reload_metrics.expires.labels("server")._value.get()
         assert ends > 0
+
+
+async def test_the_metrics_page_speaks_tls_to_known_callers_with_the_certificate_of_now(
+    authority: Authority, tmp_path: Path
+) -> None:
+    own = certificates.issue(authority.pair, Names("prometheus", dns=["prometheus"]), 1)
+    certificates.write(own, tmp_path / "own.pem", tmp_path / "own.key")
+
+    def scrape(port: int, *, shows_certificate: bool) -> tuple[str, bytes]:
+        context = ssl.create_default_context(cafile=str(authority.ca))
+        if shows_certificate:
+            context.load_cert_chain(tmp_path / "own.pem", tmp_path / "own.key")
+        with (
+            socket.create_connection(("127.0.0.1", port), 10) as tcp,
+            context.wrap_socket(tcp, server_hostname="localhost") as secure,
+        ):
+            secure.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return str(secure.getpeercert(binary_form=True)), secure.recv(15)
+
+    flags = {**authority.server_settings(), "metrics_listen": "127.0.0.1:0", "metrics_tls": True}
+    async with running(**flags) as server:
+        with socket.create_connection(("127.0.0.1", server.metrics_port), 10):  # says nothing and holds up nobody
+            first, answer = await asyncio.to_thread(scrape, server.metrics_port, shows_certificate=True)
+            assert answer == b"HTTP/1.0 200 OK"
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asyncio.to_thread(scrape, server.metrics_port, shows_certificate=False)
+            authority.issue("server", Names("server", dns=["localhost"]))
+            async with asyncio.timeout(30):
+                while (await asyncio.to_thread(scrape, server.metrics_port, shows_certificate=True))[0] == first:
+                    pass
 
 
 @pytest.mark.parametrize("days", [-1, -0.001])
