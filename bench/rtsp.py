@@ -1,5 +1,6 @@
 """Starts and kills GStreamer's RTSP server, which stands in for a network camera (`bench/rtsp_server.py`)."""
 
+import signal
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,11 @@ class RtspServer:
         assert self._process.stdout is not None  # noqa: S101 - it is a pipe
         self.port = int(self._process.stdout.readline())
         return self
+
+    def freeze(self) -> None:
+        """It stays connected and says nothing, as a camera behind a cut wire does; until it is killed."""
+        assert self._process is not None  # noqa: S101 - it was started
+        self._process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         if self._process is not None:

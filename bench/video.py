@@ -1,13 +1,13 @@
 """A fixed camera's video through edge and cloud, its bits beside x264's and x265's at the same detection result.
 
-    python -m bench.video VIDEO [--frames 45] [--every 1] [--look 3] [--json]
+    python -m bench.video VIDEO [--start 0] [--frames 45] [--every 1] [--look 3] [--keep FILE] [--json]
 
-The same pictures are coded by everybody: `--frames` of them, every `--every`th of the file; the task model looks at
-every `--look`th of these, because looking is what takes the time. Sightline's go through real edge and cloud processes,
-one Compress call each, and their detections come back through Subscribe. x264 and x265 (the ffmpeg of imageio-ffmpeg,
-preset medium) code them as a video and the same task model looks at what they decode to: "live" as a camera is set,
-without look-ahead and B pictures and with a key picture every 4 s; "file" with all that they have. Parameter sets and
-SEI are left out of their bits; Sightline's per-picture header is left in its own.
+The same pictures are coded by everybody: `--frames` of them, every `--every`th of the file from `--start` on; the task
+model looks at every `--look`th of these, because looking is what takes the time. Sightline's go through real edge and
+cloud processes, one Compress call each, and their detections come back through Subscribe. x264 and x265 (the ffmpeg of
+imageio-ffmpeg, preset medium) code them as a video and the same task model looks at what they decode to: "live" as a
+camera is set, without look-ahead and B pictures and with a key picture every 4 s; "file" with all that they have.
+Parameter sets and SEI are left out of their bits; Sightline's per-picture header is left in its own.
 
 Detection result: agreement with what the task model finds on the uncoded pictures (boxes of score 0.5 and more as the
 truth, COCO's AP over IoU 0.5 to 0.95). A video codec's bits at Sightline's result are read from its curve, interpolated
@@ -15,13 +15,14 @@ in the logarithm of the rate; beyond the curve's ends there is none.
 
 The rows "+ gate" are Sightline behind the camera command's motion gate: pictures in which less than `--motion` percent
 changed are not sent and keep the detections of the last that was.
+
+`--keep FILE` writes each point as it is measured; a run with the same file and flags goes on where one was ended.
 """
 
 import argparse
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -85,15 +86,44 @@ class Clip:
         return bits / 1000 / (len(self.rgb) / self.fps)
 
 
-def read_clip(path: str, frames: int, every: int, look: int) -> Clip:
+def read_clip(path: str, start: int, frames: int, every: int, look: int) -> Clip:
     scaler = VideoReformatter()
     found = read(find_source(path), Reading(hardware="none"), Event())
-    grabs = list(islice(found, 0, frames * every, every))
+    grabs = list(islice(found, start, start + frames * every, every))
     if len(grabs) < 2:
         raise SightlineError(f"expected at least 2 pictures in {path}, got {len(grabs)}")
     fps = (len(grabs) - 1) / (grabs[-1].time_s - grabs[0].time_s)
     rgb = [to_rgb(grab.frame, scaler, None) for grab in grabs]
     return Clip(grabs, rgb, fps, range(0, len(rgb), look))
+
+
+class Points:
+    """What was measured, in the order of measuring, kept in a file where there is one."""
+
+    def __init__(self, file: Path | None, about: dict[str, object]) -> None:
+        self._file = file
+        self._about = about
+        self._of: dict[tuple[str, float], Point] = {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                kept = json.loads(line)
+                if kept["about"] == about:
+                    self._note(Point(**kept["point"]))
+
+    def _note(self, point: Point) -> None:
+        self._of[point.coder, point.setting] = point
+
+    def add(self, point: Point) -> None:
+        self._note(point)
+        if self._file is not None:
+            with self._file.open("a") as lines:
+                lines.write(json.dumps({"about": self._about, "point": asdict(point)}) + "\n")
+
+    def has(self, coder: str, setting: float) -> bool:
+        return (coder, setting) in self._of
+
+    def all(self) -> list[Point]:
+        return list(self._of.values())
 
 
 def detect(task: TaskModel, pictures: Sequence[np.ndarray]) -> list[Found]:
@@ -112,25 +142,26 @@ def agreement(originals: Sequence[Found], found: Sequence[Found]) -> float:
 # -- Sightline, through its services --------------------------------------------------------------------------------
 
 
-def through_services(clip: Clip, originals: Sequence[Found], motion: float) -> list[Point]:
+def through_services(clip: Clip, originals: Sequence[Found], motion: float, points: Points) -> None:
+    missing = [quality for quality in QUALITIES if not points.has("sightline + gate", quality)]
+    if not missing:
+        return
     gate = MotionGate(motion / 100, 10.0)
     opened = [gate.opens(grab.frame, grab.time_s) for grab in clip.grabs]
     stands_for = np.maximum.accumulate([i if is_open else 0 for i, is_open in enumerate(opened)]).tolist()
     wanted = {*clip.looked, *(stands_for[i] for i in clip.looked)}
-    points = []
     with tempfile.TemporaryDirectory(prefix="sightline-video-") as name:
         folder, bundle = Path(name), find_named("detection")
         with bar() as progress, service("cloud", cloud_flags(bundle, TASK, folder), folder) as cloud:
             wait_ready(cloud)
             with service("edge", edge_flags(bundle, folder, cloud.address), folder) as edge:
                 wait_ready(edge)
-                for quality in progress.track(QUALITIES, description="sightline"):
+                for quality in progress.track(missing, description="sightline"):
                     sizes, found = send(clip, wanted, edge.address, cloud.address, quality)
-                    points.append(point("sightline", quality, clip, sizes, originals, [found[i] for i in clip.looked]))
+                    points.add(point("sightline", quality, clip, sizes, originals, [found[i] for i in clip.looked]))
                     kept = [size for size, is_open in zip(sizes, opened, strict=True) if is_open]
                     seen = [found[stands_for[i]] for i in clip.looked]
-                    points.append(point("sightline + gate", quality, clip, kept, originals, seen))
-    return points
+                    points.add(point("sightline + gate", quality, clip, kept, originals, seen))
 
 
 def point(
@@ -180,10 +211,10 @@ def wait_ready(one: Service) -> None:
 # -- video codecs ---------------------------------------------------------------------------------------------------
 
 
-def video_points(clip: Clip, task: TaskModel, originals: Sequence[Found], *, live: bool) -> list[Point]:
-    points = []
+def video_points(clip: Clip, task: TaskModel, originals: Sequence[Found], points: Points, *, live: bool) -> None:
     name = "live" if live else "file"
     settings = [(coder, crf) for coder in ("x264", "x265") for crf in CRFS]
+    settings = [(coder, crf) for coder, crf in settings if not points.has(f"{coder} {name}", crf)]
     with bar() as progress:
         for coder, crf in progress.track(settings, description=f"x264 and x265 {name}"):
             stream = encode(clip, coder, crf, live=live)
@@ -191,8 +222,7 @@ def video_points(clip: Clip, task: TaskModel, originals: Sequence[Found], *, liv
             decoded = decode(clip, stream, coder)
             found = detect(task, [decoded[i] for i in clip.looked])
             rate = clip.kbit_s(bits)
-            points.append(Point(f"{coder} {name}", crf, rate, agreement(originals, found), len(clip.rgb)))
-    return points
+            points.add(Point(f"{coder} {name}", crf, rate, agreement(originals, found), len(clip.rgb)))
 
 
 def encode(clip: Clip, coder: str, crf: int, *, live: bool) -> bytes:
@@ -273,30 +303,33 @@ def report(points: Sequence[Point], console: Console) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", help="a video file of a camera that does not move")
+    parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--frames", type=int, default=45)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--look", type=int, default=3)
     parser.add_argument("--motion", type=float, default=0.5, help="percent, as in sightline camera --motion")
+    parser.add_argument("--keep", type=Path, metavar="FILE")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    start = time.perf_counter()
-    clip = read_clip(given.video, given.frames, given.every, given.look)
+    about = {name: value for name, value in vars(given).items() if name not in ("keep", "json")}
+    points = Points(given.keep, about)
+    clip = read_clip(given.video, given.start, given.frames, given.every, given.look)
     task = load_task(TASK)
     originals = detect(task, [clip.rgb[i] for i in clip.looked])
-    points = through_services(clip, originals, given.motion)
+    through_services(clip, originals, given.motion, points)
     for live in (True, False):
-        points += video_points(clip, task, originals, live=live)
+        video_points(clip, task, originals, points, live=live)
     if given.json:
-        print(json.dumps([asdict(point) for point in points], indent=1))
+        print(json.dumps([asdict(point) for point in points.all()], indent=1))
         return 0
     console = Console(width=140)
     height, width = clip.rgb[0].shape[:2]
     console.print(
         f"{Path(given.video).name}: {len(clip.rgb)} pictures of {width}x{height}, {clip.fps:.2f} a second, "
         f"{len(clip.looked)} looked at; "
-        f"{TASK}; {ffmpeg_program()[1]}; {time.perf_counter() - start:.0f} s"
+        f"{TASK}; {ffmpeg_program()[1]}"
     )
-    report(points, console)
+    report(points.all(), console)
     return 0
 
 

@@ -21,7 +21,7 @@ async def main(edge: str, cloud: str, picture: Path) -> None:
                     if receipt is None:  # the subscription stands: send now, and miss nothing
                         receipt = await camera.compress(picture)
                 elif receipt is not None and update.frame == receipt.frame:
-                    for found in update.detections:
+                    for found in (one for one in update.detections if one.score >= 0.5):
                         print(f"{found.label} {found.score:.2f} at {found.box}")
                     print(f"{receipt.coded_bytes} bytes went to the cloud, which took {update.timings.total_ms:.0f} ms")
                     return

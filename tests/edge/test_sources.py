@@ -132,3 +132,18 @@ def test_an_rtsp_server_is_read_over_tcp_and_its_end_is_a_loss() -> None:
             next(read(find_source(server.address.replace("camera", "cellar")), SOFTWARE, Event()))
     finally:
         server.kill()
+
+
+def test_a_camera_that_falls_silent_is_lost_after_the_time_that_was_set() -> None:
+    rtsp.require()
+    server = rtsp.small_server()
+    try:
+        reading = read(find_source(server.address), Reading(hardware="none", silence_s=1.5), Event())
+        next(reading)
+        server.freeze()
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match="is lost: nothing came in time"):
+            list(reading)
+        assert 1.4 < time.monotonic() - start < 20
+    finally:
+        server.kill()
