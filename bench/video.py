@@ -9,9 +9,10 @@ imageio-ffmpeg, preset medium) code them as a video and the same task model look
 camera is set, without look-ahead and B pictures and with a key picture every 4 s; "file" with all that they have.
 Parameter sets and SEI are left out of their bits; Sightline's per-picture header is left in its own.
 
-Detection result: agreement with what the task model finds on the uncoded pictures (boxes of score 0.5 and more as the
-truth, COCO's AP over IoU 0.5 to 0.95). A video codec's bits at Sightline's result are read from its curve, interpolated
-in the logarithm of the rate; beyond the curve's ends there is none.
+Detection result, over all categories or, with `--people`, of people alone: agreement with what the task model finds on
+the uncoded pictures (boxes of score 0.5 and more as the truth, COCO's AP over IoU 0.5 to 0.95). A video codec's bits at
+Sightline's result are read from its curve, interpolated in the logarithm of the rate; beyond the curve's ends there is
+none.
 
 The rows "+ gate" are Sightline behind the camera command's motion gate: pictures in which less than `--motion` percent
 changed are not sent and keep the detections of the last that was.
@@ -54,7 +55,7 @@ from trainer.evaluation.matching import Found, match, score
 
 TASK = "faster-rcnn-mobilenetv2"
 QUALITIES = (1.0, 2.0, 3.0, 4.0, 6.0)
-CRFS = (20, 28, 36, 44, 51)
+CRFS = (20, 28, 36, 42, 48)
 KEY_S = 4.0
 MIN_SCORE = 0.1  # the cloud's default, and so everybody's
 CATEGORIES = tuple(range(1, 91))
@@ -63,12 +64,14 @@ _H264_PICTURES = (1, 2, 3, 4, 5)  # NAL unit types of slices, H.264 table 7-1
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One coder at one setting. `agreement`: see the head of this module; `sent`: pictures that cost bits."""
+    """One coder at one setting. `agreement`: see the head of this module, over all categories and of people alone;
+    `sent`: pictures that cost bits."""
 
     coder: str
     setting: float
     kbit_s: float
     agreement: float
+    person_agreement: float
     sent: int
 
 
@@ -133,10 +136,10 @@ def detect(task: TaskModel, pictures: Sequence[np.ndarray]) -> list[Found]:
     ]
 
 
-def agreement(originals: Sequence[Found], found: Sequence[Found]) -> float:
-    """In [0, 1]."""
+def agreement(originals: Sequence[Found], found: Sequence[Found]) -> tuple[float, float]:
+    """Over all categories, and of people; in [0, 1], NaN where the originals hold none."""
     scores = score(match([as_truth(one) for one in originals], found, CATEGORIES, "box"))
-    return float(np.asarray(scores.ap).reshape(-1)[0])
+    return float(scores.ap.reshape(-1)[0]), float(scores.person_ap.reshape(-1)[0])
 
 
 # -- Sightline, through its services --------------------------------------------------------------------------------
@@ -167,7 +170,7 @@ def through_services(clip: Clip, originals: Sequence[Found], motion: float, poin
 def point(
     coder: str, setting: float, clip: Clip, sizes: list[int], originals: Sequence[Found], found: Sequence[Found]
 ) -> Point:
-    return Point(coder, setting, clip.kbit_s(8 * sum(sizes)), agreement(originals, found), len(sizes))
+    return Point(coder, setting, clip.kbit_s(8 * sum(sizes)), *agreement(originals, found), len(sizes))
 
 
 def send(clip: Clip, wanted: set[int], edge: str, cloud: str, quality: float) -> tuple[list[int], dict[int, Found]]:
@@ -222,7 +225,7 @@ def video_points(clip: Clip, task: TaskModel, originals: Sequence[Found], points
             decoded = decode(clip, stream, coder)
             found = detect(task, [decoded[i] for i in clip.looked])
             rate = clip.kbit_s(bits)
-            points.add(Point(f"{coder} {name}", crf, rate, agreement(originals, found), len(clip.rgb)))
+            points.add(Point(f"{coder} {name}", crf, rate, *agreement(originals, found), len(clip.rgb)))
 
 
 def encode(clip: Clip, coder: str, crf: int, *, live: bool) -> bytes:
@@ -267,24 +270,27 @@ def h264_picture_bits(stream: bytes) -> int:
 # -- at the same result ---------------------------------------------------------------------------------------------
 
 
-def rate_at(points: Sequence[Point], wanted: float) -> float | None:
+def rate_at(points: Sequence[Point], people: bool, wanted: float) -> float | None:
     """kbit/s of a coder at an agreement; None beyond its curve."""
-    front = front_curve([point.kbit_s for point in points], [point.agreement for point in points])
+    front = front_curve([point.kbit_s for point in points], [result(point, people) for point in points])
     if not front.accuracy[0] <= wanted <= front.accuracy[-1]:
         return None
     return float(np.exp(np.interp(wanted, front.accuracy, np.log(front.bpp))))
 
 
-def report(points: Sequence[Point], console: Console) -> None:
+def result(point: Point, people: bool) -> float:
+    return point.person_agreement if people else point.agreement
+
+
+def report(points: Sequence[Point], people: bool, console: Console) -> None:
     coders = list(dict.fromkeys(point.coder for point in points))
     peers = [coder for coder in coders if coder.startswith("x")]
     curves = Table(title="Rate and detection result")
-    for name in ("coder", "setting", "pictures sent", "kbit/s", "agreement"):
+    for name in ("coder", "setting", "pictures sent", "kbit/s", "agreement", "of people"):
         curves.add_column(name, justify="left" if name == "coder" else "right")
     for point in points:
-        curves.add_row(
-            point.coder, f"{point.setting:g}", str(point.sent), f"{point.kbit_s:.1f}", f"{point.agreement:.3f}"
-        )
+        results = (f"{point.agreement:.3f}", f"{point.person_agreement:.3f}")
+        curves.add_row(point.coder, f"{point.setting:g}", str(point.sent), f"{point.kbit_s:.1f}", *results)
     console.print(curves)
     same = Table(title="A video codec's kbit/s at Sightline's detection result (Sightline's rate over its)")
     same.add_column("coder")
@@ -294,7 +300,7 @@ def report(points: Sequence[Point], console: Console) -> None:
         if point.coder.startswith("sightline"):
             row = []
             for peer in peers:
-                rate = rate_at([one for one in points if one.coder == peer], point.agreement)
+                rate = rate_at([one for one in points if one.coder == peer], people, result(point, people))
                 row.append("beyond its curve" if rate is None else f"{rate:.1f} ({point.kbit_s / rate:.2f}x)")
             same.add_row(point.coder, f"{point.setting:g}", f"{point.kbit_s:.1f}", *row)
     console.print(same)
@@ -308,10 +314,11 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--look", type=int, default=3)
     parser.add_argument("--motion", type=float, default=0.5, help="percent, as in sightline camera --motion")
+    parser.add_argument("--people", action="store_true", help="compare at the same result on people alone")
     parser.add_argument("--keep", type=Path, metavar="FILE")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    about = {name: value for name, value in vars(given).items() if name not in ("keep", "json")}
+    about = {name: value for name, value in vars(given).items() if name not in ("people", "keep", "json")}
     points = Points(given.keep, about)
     clip = read_clip(given.video, given.start, given.frames, given.every, given.look)
     task = load_task(TASK)
@@ -329,7 +336,7 @@ def main() -> int:
         f"{len(clip.looked)} looked at; "
         f"{TASK}; {ffmpeg_program()[1]}"
     )
-    report(points.all(), console)
+    report(points.all(), given.people, console)
     return 0
 
 
