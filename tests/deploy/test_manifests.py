@@ -108,11 +108,16 @@ def test_the_manifests_are_valid_kubernetes_and_the_kustomization_names_them_all
     kustomization = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
     files = {path.name for path in (DEPLOY / "kubernetes").glob("*.yaml")}
     assert set(kustomization["resources"]) == files - {"kustomization.yaml", "prometheus-adapter.yaml"}
-    builtin = [
-        DEPLOY / "kubernetes" / name for name in kustomization["resources"] if name != "servicemonitor.yaml"
-    ]  # a ServiceMonitor is the Prometheus operator's
+    operators = {"servicemonitor.yaml", "prometheusrule.yaml"}  # kinds of the Prometheus operator
+    builtin = [DEPLOY / "kubernetes" / name for name in kustomization["resources"] if name not in operators]
     said = ran(SCRIPTS / "kubernetes-validate", "--strict", *builtin)
-    assert said.count("passed") == len(MANIFESTS) - 1
+    assert said.count("passed") == len(MANIFESTS) - len(operators)
+
+
+def test_the_operator_s_rules_are_prometheus_rules() -> None:
+    rules = [yaml.safe_load(path.read_text()) for path in sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))]
+    groups = [group for each in rules for group in each["groups"]]
+    assert manifest("PrometheusRule", "sightline")["spec"]["groups"] == groups
 
 
 def test_what_manifests_select_and_name_is_there() -> None:

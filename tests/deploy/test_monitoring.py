@@ -299,5 +299,10 @@ def test_alerts_fire_on_live_services_and_clear(
         clear(*gone)
         with Traffic(edge, cloud, coded):
             clear("SightlineEdgeSilent")
+        edge.kill()
+        fire("SightlineDown", "SightlineCloudNoUploads")
+        edge.flags = (*edge.flags, "--metrics-listen", f"127.0.0.1:{targets['edge']}")
+        edge.start()
+        clear("SightlineDown", "SightlineCloudNoUploads")
     finally:
         prometheus.stop()
