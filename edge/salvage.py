@@ -20,6 +20,7 @@ from shared.logs import facts
 _log = logging.getLogger("sightline.edge.spool")
 _STEP = 512  # ids asked for at once
 _MAX_ID = 1 << 40
+_MAX_UNREADABLE = 1 << 16  # questions in a row without a readable answer, after which nothing more is asked
 _FRAMES = f"SELECT {COLUMNS} FROM frame LEFT JOIN payload ON payload.id = frame.id"  # noqa: S608
 
 
@@ -55,17 +56,31 @@ def salvage(path: Path, limits: Limits) -> None:
 
 
 def _rows(db: sqlite3.Connection, select: str, key: str) -> Iterator[tuple[object, ...]]:
-    first, last = _end(db, "ASC"), _end(db, "DESC")
-    pending = [(low, min(low + _STEP - 1, last)) for low in range(first, last + 1, _STEP)][::-1]
-    while pending:
-        low, high = pending.pop()
-        try:
-            rows = db.execute(f"{select} WHERE {key} BETWEEN ? AND ? ORDER BY {key}", (low, high)).fetchall()
-            yield from rows
-        except sqlite3.DatabaseError:
-            if low < high:
-                middle = (low + high) // 2
-                pending += [(middle + 1, high), (low, middle)]
+    start, last = _end(db, "ASC"), _end(db, "DESC")
+    unreadable = 0
+    while start <= last and unreadable < _MAX_UNREADABLE:
+        pending = [(start, start + _STEP - 1)]
+        start += _STEP
+        while pending:
+            low, high = pending.pop()
+            try:
+                yield from db.execute(f"{select} WHERE {key} BETWEEN ? AND ? ORDER BY {key}", (low, high)).fetchall()
+                unreadable = 0
+            except sqlite3.DatabaseError:
+                unreadable += 1
+                if low < high:
+                    middle = (low + high) // 2
+                    pending += [(middle + 1, high), (low, middle)]
+        start = _next_id(db, start)
+
+
+def _next_id(db: sqlite3.Connection, start: int) -> int:
+    """The first id from `start` on; `start` itself where that cannot be told. A damaged id may be far from the rest."""
+    try:
+        (found,) = db.execute("SELECT min(id) FROM frame WHERE id >= ?", (start,)).fetchone()
+    except sqlite3.DatabaseError:
+        return start
+    return _MAX_ID if found is None else int(found)
 
 
 def _end(db: sqlite3.Connection, order: str) -> int:

@@ -208,6 +208,7 @@ def _defaults(settings: EdgeSettings, models: Models, control: Control, pacing: 
         models=models,
         control=control,
         frame_max_age_s=settings.frame_max_age_s,
+        camera_max_age_s=settings.camera_deadlines_s,
         delivers=bool(settings.cloud),
         limits=ImageLimits(settings.max_side, settings.max_pixels, settings.max_decode_s),
         max_coded_bytes=int(settings.max_message_bytes) - MESSAGE_OVERHEAD_BYTES,

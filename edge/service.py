@@ -53,7 +53,8 @@ _DELIVERIES = frozenset(edge_pb2.Delivery.values())
 class Defaults:
     """What a request that leaves it open gets, and what an operator has changed.
 
-    `frame_max_age_s`: 0 for never. `delivers`: there is a cloud to wait for. `max_coded_bytes`: of a spooled frame.
+    `frame_max_age_s`: 0 for never; `camera_max_age_s`: instead of it, by camera. `delivers`: there is a cloud to wait
+    for. `max_coded_bytes`: of a spooled frame.
     `pacing`: None where the uplink has no budget.
     """
 
@@ -61,6 +62,7 @@ class Defaults:
     models: Models
     control: Control
     frame_max_age_s: float
+    camera_max_age_s: dict[str, float]
     delivers: bool
     limits: ImageLimits
     max_coded_bytes: int
@@ -208,7 +210,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         captured_us = wall_clock_us()
         if request.HasField("capture_time"):
             captured_us = _microseconds(request.capture_time, "capture_time")
-        max_age_s = defaults.frame_max_age_s
+        max_age_s = defaults.camera_max_age_s.get(camera_id, defaults.frame_max_age_s)
         if options.HasField("max_age"):
             max_age_s = _seconds(options.max_age, "max_age")
         return _Order(

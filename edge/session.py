@@ -64,13 +64,17 @@ class Session:
         self._credit_bytes = 0
         self._heard = time.monotonic()
         self._stalled = False
+        self._greeted = False  # hello was written, so there is a connection
+        self._running: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Lives until the stream has ended, however that happens; raises only when cancelled from outside."""
+        self._running = asyncio.current_task()
         tasks = [asyncio.create_task(self._watch())]
         reason = "ok"
         try:
             await self._call.write(ingest_pb2.UploadRequest(hello=self._hello()))
+            self._greeted = True
             async for response in self._call:
                 self._heard = time.monotonic()
                 if response.WhichOneof("message") == "welcome" and not self.welcomed.done():
@@ -263,7 +267,12 @@ class Session:
             owes = not self.welcomed.done() or bool(self.in_flight)
             if owes and time.monotonic() - self._heard > self._uplink.stall_s:
                 self._stalled = True
-                self._call.cancel()
+                self._give_up()
                 return
             if not owes:
                 self._heard = time.monotonic()
+
+    def _give_up(self) -> None:
+        if not self._greeted and self._running is not None:
+            self._running.cancel()  # grpc.aio does not wake a first write when its call is cancelled
+        self._call.cancel()

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from shared.codec.types import MAX_SIDE
@@ -115,6 +115,10 @@ class EdgeSettings(ServerSettings):
     frame_max_age_s: float = Field(
         default=0, ge=0, description="frames older than this by capture time end as EXPIRED, seconds; 0: never"
     )
+    camera_max_age_s: list[str] = Field(
+        default=[],
+        description="CAMERA=SECONDS: the same for one camera, instead of frame_max_age_s; give it once a camera",
+    )
     token_keep_s: float = Field(
         default=86_400, gt=0, description="how long an idempotency token is remembered, seconds (default: 24 h)"
     )
@@ -144,3 +148,26 @@ class EdgeSettings(ServerSettings):
     uplink_stall_s: float = Field(
         default=60.0, ge=1, description="a cloud that owes an answer for this many seconds is given up and called again"
     )
+
+    @field_validator("camera_max_age_s")
+    @classmethod
+    def _are_deadlines(cls, given: list[str]) -> list[str]:
+        for one in given:
+            _deadline(one)
+        return given
+
+    @property
+    def camera_deadlines_s(self) -> dict[str, float]:
+        """`camera_max_age_s` by camera, seconds; 0: never."""
+        return dict(_deadline(one) for one in self.camera_max_age_s)
+
+
+def _deadline(text: str) -> tuple[str, float]:
+    camera_id, _, seconds = text.rpartition("=")
+    try:
+        age_s = float(seconds)
+    except ValueError:
+        age_s = -1.0
+    if not re.fullmatch(NAME_PATTERN, camera_id) or not 0 <= age_s < 315_576_000:
+        raise ValueError(f"expected CAMERA=SECONDS with seconds from 0 to ten years, got {text!r}")
+    return camera_id, age_s

@@ -65,6 +65,8 @@ CREATE TABLE quarantine (
     hyper BLOB NOT NULL, latents BLOB NOT NULL
 ) STRICT;
 """
+# Beside the format: files made before it was kept get it when they are opened.
+_BY_DEADLINE = "CREATE INDEX IF NOT EXISTS frame_by_deadline ON frame (expires_us) WHERE expires_us > 0 AND outcome = 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +101,15 @@ class SpoolFile:
         self._limits = limits
         self.tally = tally
         self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(path)
-        except BaseException:
-            self._db.close()
-            raise
         # A new epoch at each opening: names cannot meet those of an earlier life, whatever was lost of it.
         self.epoch = secrets.randbits(64)
         self._next_seq: dict[str, int] = {}
-        self.recount()
+        try:
+            self._prepare(path)
+            self.recount()
+        except BaseException:
+            self._db.close()  # or its lock would keep out who comes to save what can be read
+            raise
 
     def _prepare(self, path: Path) -> None:
         db = self._db
@@ -132,6 +134,7 @@ class SpoolFile:
                     db.execute(statement)
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {FORMAT}")
+        db.execute(_BY_DEADLINE)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != FORMAT:
             raise InvalidSettings(f"setting data_dir: expected spool format {FORMAT}, {path} has {version}")
@@ -268,6 +271,15 @@ class SpoolFile:
             if entry.spooled_us + limits.max_age_us > now_us:
                 break
             self._end(entry, Outcome.EXPIRED, "older than the spool keeps frames", now_us=now_us)
+        # Whether or not there is a way to the cloud: what is too old to be sent must not keep newer frames out.
+        rows = self._db.execute(
+            f"SELECT {COLUMNS} FROM frame JOIN payload ON payload.id = frame.id "  # noqa: S608
+            "WHERE expires_us > 0 AND outcome = 0 AND expires_us <= ? ORDER BY expires_us LIMIT 256",
+            (now_us,),
+        ).fetchall()
+        for row in rows:
+            entry, _ = from_row(row)
+            self._end(entry, Outcome.EXPIRED, "older than it may be while it waited to be sent", now_us=now_us)
         old = self._db.execute("DELETE FROM token WHERE created_us < ?", (now_us - limits.token_keep_us,)).rowcount
         self._tokens -= old
         if self._tokens > limits.max_tokens:

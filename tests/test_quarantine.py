@@ -1,36 +1,17 @@
 """What the cloud rejects is kept on both sides, shown by `sightline quarantine`, and delivered again after a fix."""
 
 import asyncio
-import io
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from sightline.v1 import common_pb2, edge_pb2, edge_pb2_grpc
+from sightline.v1 import common_pb2, edge_pb2
 
-from edge.server import Edge
-from edge.settings import EdgeSettings
 from shared.codec.bitstream import from_bytes
 from shared.codec.codec import Codec
 from shared.quarantine import Quarantined
-from shared.rpc.tls import open_channel
-from tests.cloud.harness import BrightSpot, RunningCloud, red_frame, settings
-
-
-@asynccontextmanager
-async def house(folder: Path, codec: Codec) -> AsyncIterator[tuple[Edge, RunningCloud]]:
-    cloud = await RunningCloud(settings(folder / "cloud", admin_listen="127.0.0.1:0"), [codec], BrightSpot()).start()
-    flags = {"listen": "127.0.0.1:0", "metrics_listen": "", "admin_listen": "127.0.0.1:0", "edge_id": "north"}
-    at_cloud = f"127.0.0.1:{cloud.server.port}"
-    edge = await Edge.start(EdgeSettings.load(**flags, cloud=at_cloud, data_dir=folder / "edge"))
-    try:
-        yield edge, cloud
-    finally:
-        await edge.close()
-        await cloud.stop()
+from tests.cloud.harness import red_frame
+from tests.house import house, send
 
 
 async def quarantine(address: str, *arguments: str) -> tuple[int | None, str]:
@@ -43,24 +24,11 @@ async def quarantine(address: str, *arguments: str) -> tuple[int | None, str]:
     return process.returncode, out.decode()
 
 
-async def send_red(edge: Edge) -> edge_pb2.Receipt:
-    """A picture that the cloud's network cannot look at."""
-    out = io.BytesIO()
-    Image.fromarray(red_frame().rgb).save(out, "PNG")
-    request = edge_pb2.CompressRequest(
-        camera_id="gate",
-        encoded=out.getvalue(),
-        options=edge_pb2.CompressOptions(quality=8, delivery=edge_pb2.DELIVERY_PERSISTED),
-    )
-    async with open_channel(f"127.0.0.1:{edge.server.port}", None, max_message_bytes=1 << 20) as channel:
-        return (await edge_pb2_grpc.EdgeServiceStub(channel).Compress(request, timeout=60)).receipt
-
-
 async def test_a_rejected_frame_is_listed_on_both_sides_and_replayed_once_after_the_fix(
     tmp_path: Path, codec: Codec
 ) -> None:
     async with house(tmp_path, codec) as (edge, cloud):
-        receipt = await send_red(edge)
+        receipt = await send(edge, red_frame(), edge_pb2.DELIVERY_PERSISTED)
         assert receipt.outcome == common_pb2.OUTCOME_REJECTED
         at_edge, at_cloud = f"127.0.0.1:{edge.server.admin_port}", f"127.0.0.1:{cloud.server.admin_port}"
         name = f"gate/{receipt.frame.epoch:016x}/{receipt.frame.seq}"
@@ -96,7 +64,7 @@ async def test_a_rejected_frame_is_listed_on_both_sides_and_replayed_once_after_
 
 async def test_what_is_rejected_again_is_kept_again_under_its_new_name(tmp_path: Path, codec: Codec) -> None:
     async with house(tmp_path, codec) as (edge, cloud):
-        await send_red(edge)
+        await send(edge, red_frame(), edge_pb2.DELIVERY_PERSISTED)
         [first] = await cloud.quarantine.frames()
         address = f"127.0.0.1:{cloud.server.admin_port}"
         code, said = await quarantine(address, "replay", "--all")

@@ -153,7 +153,8 @@ class SpoolModel(RuleBasedStateMachine):
         with self.file.transaction():
             self.file.sweep(self.now_us)
         for frame_id, entry in self.frames.items():
-            if entry.bitstream and entry.spooled_us + LIMITS.max_age_us <= self.now_us:
+            too_old = entry.spooled_us + LIMITS.max_age_us <= self.now_us or 0 < entry.expires_us <= self.now_us
+            if entry.bitstream and too_old:
                 self.end(frame_id)
         kept = self.now_us - LIMITS.token_keep_us
         self.tokens = {key: known for key, known in self.tokens.items() if known.created_us >= kept}
