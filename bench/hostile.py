@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -84,6 +85,7 @@ class Report:
             },
             "memory_mib": {
                 "edge": {"start": round(edge[0], 1), "most": round(max(edge), 1), "end": round(edge[-1], 1)},
+                "parsers": {"most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10},
                 "cloud": {"start": round(cloud[0], 1), "most": round(max(cloud), 1), "end": round(cloud[-1], 1)},
             },
             "faults": self.faults,
@@ -179,29 +181,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, help="JSON file to which the counts are added")
     parser.add_argument("--plot", type=Path, help="file for the plot of memory")
+    parser.add_argument("--parsers-only", action="store_true", help="no services, nothing over the wire, no floods")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     report = Report()
     with tempfile.TemporaryDirectory(prefix="hostile-") as name:
-        house = House(Path(name))
-        with house.running():
-            asyncio.run(besiege(house, report, given))
+        if given.parsers_only:
+            until_s = time.monotonic() + given.minutes * 60
+            with _progress() as progress:
+                bar = progress.add_task("hostile inputs", total=given.inputs)
+                _parse(Path(name), report, given.seed, given.inputs, until_s, lambda n: progress.advance(bar, n))
+        else:
+            house = House(Path(name))
+            with house.running():
+                asyncio.run(besiege(house, report, given))
     summary = report.summary()
     if given.ledger is not None:
         summary["all_runs"] = add_to(given.ledger, summary, given.seed)
     if given.plot is not None:
         plot(report, given.plot)
     print(json.dumps(summary, indent=2))
-    return 1 if report.faults or report.good_failures or not report.good_ms else 0
+    answered = bool(report.good_ms) or given.parsers_only
+    return 1 if report.faults or report.good_failures or not answered else 0
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 async def besiege(house: House, report: Report, given: argparse.Namespace) -> None:
     """Everything at once on a good client: parsers and wire side by side, and then the floods."""
     sampling = asyncio.create_task(_sample(house, report))
     good = GoodClient(house.ports["edge"], house.ca, GOOD, scene_jpeg())
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with good.asking(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with good.asking(), _progress() as progress:
             until_s = time.monotonic() + given.minutes * 60
             over_wire = round(given.inputs * given.wire_share)
             bar = progress.add_task("hostile inputs", total=given.inputs)
@@ -215,7 +230,7 @@ async def besiege(house: House, report: Report, given: argparse.Namespace) -> No
                 progress.advance(bar, count)
 
             await asyncio.gather(
-                asyncio.to_thread(_parse, codec, house, report, given, given.inputs - over_wire, until_s, advance),
+                asyncio.to_thread(_parse, house.folder, report, given.seed, given.inputs - over_wire, until_s, advance),
                 attack.run(over_wire, seed, advance, until_s=until_s),
                 consumer.run(over_wire // 20, seed + 5 * 10**8, advance, lanes=1, until_s=until_s),
             )
@@ -229,18 +244,10 @@ async def besiege(house: House, report: Report, given: argparse.Namespace) -> No
         sampling.cancel()
 
 
-def _parse(
-    codec: Codec,
-    house: House,
-    report: Report,
-    given: argparse.Namespace,
-    count: int,
-    until_s: float,
-    advance: Callable[[int], None],
-) -> None:
+def _parse(folder: Path, report: Report, seed: int, count: int, until_s: float, advance: Callable[[int], None]) -> None:
     """Inputs into the parsers, in this process: each target in turn, a hundredth of its share at a time."""
-    rng = np.random.default_rng(given.seed)
-    found = targets(codec, house.folder)
+    rng = np.random.default_rng(seed)
+    found = targets(Codec.load("detection"), folder)
     rounds = 100
     for _ in range(rounds):
         for name, target in found.items():
@@ -249,7 +256,7 @@ def _parse(
                 try:
                     report.inputs[f"{name}: {target.attempt(rng)}"] += 1
                 except Exception as error:
-                    report.faults.append(f"{name}, seed {given.seed}: {error!r}")
+                    report.faults.append(f"{name}, seed {seed}: {error!r}")
             advance(share)
         if time.monotonic() > until_s:
             return
@@ -302,14 +309,16 @@ def add_to(ledger: Path, summary: dict[str, Any], seed: int) -> dict[str, Any]:
     ledger.parent.mkdir(parents=True, exist_ok=True)
     ledger.write_text(json.dumps(runs, indent=1))
     good = [run["good_client"] for run in runs.values()]
+    memory = [run["memory_mib"] for run in runs.values()]
     return {
         "runs": len(runs),
         "inputs": sum(run["inputs"] for run in runs.values()),
         "faults": sum(len(run["faults"]) for run in runs.values()),
         "good_answered": sum(each["answered"] for each in good),
         "good_failed": sum(len(each["failed"]) for each in good),
-        "edge_most_mib": max(run["memory_mib"]["edge"]["most"] for run in runs.values()),
-        "cloud_most_mib": max(run["memory_mib"]["cloud"]["most"] for run in runs.values()),
+        "edge_most_mib": max(each["edge"]["most"] for each in memory),
+        "parsers_most_mib": max(each["parsers"]["most"] for each in memory),
+        "cloud_most_mib": max(each["cloud"]["most"] for each in memory),
     }
 
 
