@@ -23,6 +23,8 @@ EXTRA_OF = {
     "supervision": "cloud",
     "onnxruntime": "onnx",
     "opentelemetry": "tracing",
+    "starlette": "console",
+    "uvicorn": "console",
     "compressai": "train",
     "lightning": "train",
     "matplotlib": "train",

@@ -38,6 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MODEL_ID = re.compile(r"[0-9a-f]{64}")
 _MAX_MODELS = 256
 _MAX_SOURCES = 65_536
+_MAX_VERSION = 64  # characters of an edge's software version that are kept
 _MAX_REASON = 1000  # characters of a tombstone's reason that are kept
 _ACKS_A_MESSAGE = 512
 _AGE_JITTER = 0.2
@@ -148,6 +149,9 @@ class _UploadStream:
         self._caller = caller()
         self.frames = 0  # that came, tombstones included
         self._edge_id = ""
+        self.software_version = ""
+        self.opened_us = self.last_frame_us = 0  # Unix time; 0: not yet
+        self.payload_bytes = 0  # of the frames that came
         self._models: dict[int, str] = {}
         self._sources: dict[int, tuple[str, int]] = {}
         self._work: set[asyncio.Task[None]] = set()
@@ -174,6 +178,11 @@ class _UploadStream:
     def held_frames(self) -> int:
         """Frames that are not answered yet."""
         return len(self._work)
+
+    @property
+    def cameras(self) -> set[str]:
+        """Whose frames it announced."""
+        return {camera for camera, _ in self._sources.values()}
 
     @property
     def model_ids(self) -> set[str]:
@@ -226,7 +235,8 @@ class _UploadStream:
             )
         if not _NAME.fullmatch(hello.edge_id):
             raise InvalidInput(f"edge_id must match {_NAME.pattern}, got {hello.edge_id!r}")
-        self._edge_id = hello.edge_id
+        self._edge_id, self.software_version = hello.edge_id, hello.software_version[:_MAX_VERSION]
+        self.opened_us = time.time_ns() // 1000
         for model in hello.models:
             self._announce_model(model)
         _log.info("an edge opened an upload stream", extra=facts(edge=self._edge_id, version=hello.software_version))
@@ -315,6 +325,8 @@ class _UploadStream:
             received_us=time.time_ns() // 1000,
         )
         self._spend(received.payload_bytes)
+        self.payload_bytes += received.payload_bytes
+        self.last_frame_us = received.received_us
         key = (frame.source_index, frame.seq)
         if not self._may_send(name):
             self._start(key, _not_authorised(name), received.payload_bytes)

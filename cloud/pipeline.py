@@ -123,7 +123,10 @@ class _Rejected(Exception):
 
 
 class Pipeline:
-    """See the module's head. `tasks` run on every frame; detections below `min_score` are not logged."""
+    """See the module's head. `tasks` run on every frame; detections below `min_score` are not logged.
+
+    `on_seen` is given each frame that the networks have looked at, on the event loop, before its record is written.
+    """
 
     def __init__(
         self,
@@ -136,6 +139,7 @@ class Pipeline:
         limits: PipelineLimits,
         metrics: CloudMetrics,
         tracer: Tracer | None = None,
+        on_seen: Callable[[ReceivedFrame, Inferred], None] = lambda frame, inferred: None,
         unix_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         self.inference = inference
@@ -146,11 +150,17 @@ class Pipeline:
         self.limits = limits
         self._metrics = metrics
         self._tracer = tracer
+        self._on_seen = on_seen
         self._unix_us = unix_us
         self._running: dict[FrameName, asyncio.Task[Verdict]] = {}
         self._held_bytes = 0
         self.log_failure: LogFailure | None = None  # of the latest append; None once one succeeded
         self._closing = False
+
+    @property
+    def held_frames(self) -> int:
+        """Frames under way."""
+        return len(self._running)
 
     async def process(self, frame: ReceivedFrame) -> Verdict:
         """Carries a frame to its end. Always answers, never raises."""
@@ -242,7 +252,11 @@ class Pipeline:
                 inferred = await self.inference.infer(
                     frame.name.camera, frame.bitstream, self.tasks, expires_unix_us=frame.expires_us
                 )
-                return None if inferred is None else await self._detections_event(frame, inferred)
+                if inferred is None:
+                    return None
+                event = await self._detections_event(frame, inferred)
+                self._on_seen(frame, inferred)
+                return event
             except SymbolsMismatch as error:
                 raise _Rejected(ingest_pb2.REJECT_REASON_SYMBOLS_CRC, str(error)) from error
             except InvalidBitstream as error:

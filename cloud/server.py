@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -18,11 +19,13 @@ from prometheus_client import CollectorRegistry
 from sightline.v1 import admin_pb2_grpc, detection_pb2_grpc, ingest_pb2_grpc, quarantine_pb2_grpc
 
 from cloud.admin import BundleAdmin, CloudAdmin
+from cloud.detections.log import DetectionLog
 from cloud.detections.sqlite import SqliteLog
-from cloud.inference import Inference
+from cloud.inference import Inference, Inferred
 from cloud.ingest import IngestService
+from cloud.kept import KeptFrames
 from cloud.metrics import CloudMetrics
-from cloud.pipeline import Pipeline
+from cloud.pipeline import Pipeline, ReceivedFrame
 from cloud.quarantine import Quarantine
 from cloud.readiness import DiskCheck, LogCheck
 from cloud.replay import Replayer
@@ -35,6 +38,9 @@ from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
 from shared.quarantine import QuarantineService
 from shared.rpc.server import Server, stop_on_signal, unless_stopped
+
+if TYPE_CHECKING:
+    from cloud.console.server import Console
 
 _log = logging.getLogger("sightline.cloud")
 INGEST = "sightline.v1.IngestService"
@@ -90,8 +96,12 @@ async def _run(
         quarantine = await unless_stopped(stop, until_there("quarantine", lambda: open_quarantine(settings)))
         if quarantine is None:
             return
+        kept = await unless_stopped(stop, until_there("review", lambda: open_kept(settings)))
+        if kept is None:
+            return
         inference = await asyncio.to_thread(load_inference, settings, metrics)
         inference.start()
+        watched = Watched(kept)
         pipeline = Pipeline(
             inference,
             log,
@@ -101,7 +111,10 @@ async def _run(
             limits=settings.pipeline_limits,
             metrics=metrics,
             tracer=tracer,
+            on_seen=watched.see,
         )
+        console = await open_console(settings, server, log, pipeline, ingest, kept)
+        watched.console = console
         ingest.open(pipeline)
         detection.open(pipeline, log)
         bundles.open(inference)
@@ -110,14 +123,23 @@ async def _run(
         server.keep_checking({"log": LogCheck(log, pipeline, folder), "disk": DiskCheck(folder)})
         for service in (INGEST, DETECTION):
             await server.set_serving(service, True)
-        server.announce(log_id=log.log_id, models=sorted(inference.codecs), tasks=list(inference.tasks))
+        server.announce(
+            log_id=log.log_id,
+            models=sorted(inference.codecs),
+            tasks=list(inference.tasks),
+            console=None if console is None else console.address,
+        )
 
         await stop.wait()
+        if console is not None:
+            await console.close()
+            watched.console = None
         last_events = asyncio.create_task(end_subscriptions(server, ingest, pipeline, detection))
         await server.drain()
         last_events.cancel()
         await asyncio.gather(last_events, return_exceptions=True)
         await inference.close()
+        await kept.close()
         await quarantine.close()
     finally:
         await log.close()
@@ -133,6 +155,45 @@ async def open_quarantine(settings: CloudSettings) -> Quarantine:
         max_frames=settings.quarantine_max_frames,
         max_bytes=int(settings.quarantine_max_bytes),
     )
+
+
+async def open_kept(settings: CloudSettings) -> KeptFrames:
+    """Raises Unavailable."""
+    return KeptFrames(settings.data_dir.expanduser() / "review.sqlite", settings.review_bounds)
+
+
+class Watched:
+    """What is done with a frame once the networks have looked at it: kept for review, shown where the console is on."""
+
+    def __init__(self, kept: KeptFrames) -> None:
+        self._kept = kept
+        self.console: Console | None = None
+
+    def see(self, frame: ReceivedFrame, inferred: Inferred) -> None:
+        self._kept.keep(frame.name, frame.bitstream)
+        if self.console is not None:
+            self.console.see(frame.name, inferred.frame)
+
+
+async def open_console(
+    settings: CloudSettings,
+    server: Server,
+    log: DetectionLog,
+    pipeline: Pipeline,
+    ingest: IngestService,
+    kept: KeptFrames,
+) -> "Console | None":
+    """None where it is switched off. Raises InvalidSettings."""
+    if not settings.console_listen:
+        return None
+    from cloud.console.server import Console, system_facts  # an optional part
+
+    def facts() -> dict[str, object]:
+        return system_facts(settings, pipeline, ingest)
+
+    console = Console(settings, server.access, log, pipeline.inference, kept, facts)
+    _log.info("the console is open", extra=logs.facts(address=await console.start()))
+    return console
 
 
 async def end_subscriptions(

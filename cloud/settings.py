@@ -11,6 +11,7 @@ from cloud.batching import BatchLimits
 from cloud.detections.log import Retention
 from cloud.detections.subscribe import Limits
 from cloud.ingest import StreamLimits
+from cloud.kept import KeptBounds
 from cloud.pipeline import PipelineLimits
 from shared.codec.types import MAX_SIDE
 from shared.settings import ServerSettings
@@ -132,6 +133,21 @@ class CloudSettings(ServerSettings):
     quarantine_max_bytes: ByteSize = Field(
         default=ByteSize(256 * _MIB), ge=0, description="rejected frames kept at most, coded bytes"
     )
+    review_max_age_s: float = Field(
+        default=_DAY_S,
+        gt=0,
+        description="bitstreams of frames are kept this long, so that a person can look at them again, seconds",
+    )
+    review_max_bytes: ByteSize = Field(
+        default=ByteSize(1 << 30), ge=0, description="bitstreams kept for review, bytes in all; 0: none is kept"
+    )
+
+    # -- console
+    console_listen: str = Field(
+        default="",
+        description="host:port of the web console, for example 127.0.0.1:7423; port 0 takes a free one, empty "
+        "switches it off",
+    )
 
     # -- consumers
     max_subscribers: int = Field(default=1024, ge=1, description="subscriptions at once")
@@ -211,6 +227,10 @@ class CloudSettings(ServerSettings):
             max_age_s=self.max_stream_age_s,
             grace_s=min(self.stream_grace_s, self.drain_s),
         )
+
+    @property
+    def review_bounds(self) -> KeptBounds:
+        return KeptBounds(self.review_max_age_s, int(self.review_max_bytes))
 
     @property
     def subscription_limits(self) -> Limits:

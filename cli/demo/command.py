@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "motorcycle_left.png", "camera.png")  # in scikit-image
 QUALITIES = (2.0, 4.0, 6.0)
 SHOWN = 4.0
+LIVE_TASK = "mask-rcnn-mobilenetv2"  # boxes and masks
 
 
 def demo(
     inputs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            metavar="INPUT", help="Pictures, or folders of pictures.", show_default="scikit-image's photographs"
+            metavar="INPUT",
+            help="Pictures, or folders of pictures; with --live also any SOURCE of `sightline camera`.",
+            show_default="scikit-image's photographs",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for page and pictures.")] = Path(
@@ -36,12 +39,32 @@ def demo(
         ),
     ] = None,
     model: Annotated[str, typer.Option("--model", metavar="ID", help="Codec: a bundled name or folder.")] = "detection",
-    task: Annotated[str, typer.Option("--task", metavar="NAME", help="Task model in the cloud.")] = DEFAULT_TASK,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Task model in the cloud.",
+            show_default=f"{DEFAULT_TASK}; with --live {LIVE_TASK}",
+        ),
+    ] = None,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Leave out what scores less.")] = DEFAULT_SCORE,
+    live: Annotated[
+        bool, typer.Option("--live", help="Cameras that go on until Ctrl-C, to be watched in the web console.")
+    ] = False,
+    fps: Annotated[
+        float, typer.Option("--fps", min=0.01, max=60, help="With --live: frames a second of each camera, at most.")
+    ] = 4.0,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0, help="With --live: end by itself after so long.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Start edge and cloud, send pictures through, and show what arrives."""
-    sources = expand(inputs, PICTURE_SUFFIXES) if inputs else photographs()
+    if live:
+        show_live(inputs or [], model, task or LIVE_TASK, fps, seconds)
+        return
+    sources = expand([Path(each) for each in inputs], PICTURE_SUFFIXES) if inputs else photographs()
     jobs = plan(sources, output, ".png")
     make_folder(output)
 
@@ -54,7 +77,7 @@ def demo(
     shown = SHOWN if SHOWN in qualities else qualities[len(qualities) // 2]
     with Console(stderr=True).status("reading pictures") as status:
         try:
-            wanted = Plan(qualities, shown, model, task, score)
+            wanted = Plan(qualities, shown, model, task or DEFAULT_TASK, score)
             result = asyncio.run(run(read_inputs(sources), wanted, status.update))
         except asyncio.CancelledError:
             raise typer.Exit(128 + signal.SIGTERM) from None
@@ -66,6 +89,27 @@ def demo(
     else:
         print_table(result)
         print(f"The page is {output / 'index.html'}")
+
+
+def show_live(inputs: list[str], model: str, task: str, fps: float, seconds: float | None) -> None:
+    """Runs until a signal. Pictures and folders of pictures become scenes; what is neither is a source."""
+    pictures, sources = [], []
+    for each in inputs:
+        path = Path(each)
+        if path.is_dir() or path.suffix.lower() in PICTURE_SUFFIXES:
+            pictures += expand([path], PICTURE_SUFFIXES)
+        else:
+            sources.append(each)
+    if not inputs:
+        pictures = photographs()
+
+    from rich.console import Console
+
+    from cli.demo.live import Show, show
+
+    with Console(stderr=True).status("starting") as status:
+        wanted = Show(pictures, sources, model, task, fps, seconds)
+        asyncio.run(show(wanted, status.update, lambda address: print(f"The console is at {address}", flush=True)))
 
 
 def photographs() -> list[Path]:

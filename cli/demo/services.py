@@ -70,13 +70,18 @@ class Service:
 def service(name: str, flags: Sequence[str], folder: Path) -> Iterator[Service]:
     """Runs ``sightline`` `name` with `flags` on free ports; its log and ready file go to `folder`. Settings that the
     caller's environment holds for services of its own do not reach it."""
+    ready = folder / f"{name}.ready"
+    arguments = [name, "--listen", "127.0.0.1:0", "--metrics-listen", "", "--ready-file", str(ready), *flags]
+    with running(name, arguments, folder) as child:
+        yield child
+
+
+@contextmanager
+def running(name: str, arguments: Sequence[str], folder: Path) -> Iterator[Service]:
+    """Runs ``sightline`` with `arguments`; its log goes to `folder`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(OWN_SETTINGS)}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two services share this machine's cores
-    command = [
-        *(sys.executable, "-P", "-m", "cli.demo.child", str(os.getpid()), name),
-        *("--listen", "127.0.0.1:0", "--metrics-listen", "", "--ready-file", str(folder / f"{name}.ready")),
-        *flags,
-    ]
+    command = [sys.executable, "-P", "-m", "cli.demo.child", str(os.getpid()), *arguments]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own module
             command,
@@ -86,8 +91,8 @@ def service(name: str, flags: Sequence[str], folder: Path) -> Iterator[Service]:
             env=environment,
             start_new_session=True,
         )
-    running = Service(name, process, folder)
+    child = Service(name, process, folder)
     try:
-        yield running
+        yield child
     finally:
-        running.stop()
+        child.stop()

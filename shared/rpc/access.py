@@ -118,14 +118,26 @@ class Access:
                 raise
             yield
 
+    def identified(self, names: tuple[str, ...], token: str | None, *, in_plaintext_here: bool) -> "Caller":
+        """Who calls over something else than gRPC: a bearer token goes before `names`, those of a verified certificate.
+
+        `in_plaintext_here`: it came in plaintext from this machine. Raises Unauthenticated for an unknown token.
+        """
+        if token is not None:
+            return Caller(self, (self._token_identity(token),))
+        return Caller(self, names or (LOCAL if in_plaintext_here else ANONYMOUS,))
+
+    def _token_identity(self, token: str) -> str:
+        policy = self.policy
+        identity = policy.token_identity(token) if policy is not None else None
+        if identity is None:
+            raise Unauthenticated("expected a bearer token that the policy names, got another one")
+        return identity
+
     def _identify(self, context: Any) -> tuple[str, ...]:
         token = _bearer(context.invocation_metadata())
         if token is not None:
-            policy = self.policy
-            identity = policy.token_identity(token) if policy is not None else None
-            if identity is None:
-                raise Unauthenticated("expected a bearer token that the policy names, got another one")
-            return (identity,)
+            return (self._token_identity(token),)
         properties: Mapping[str, Iterable[bytes]] = context.auth_context()
         names = [
             *(_text(each) for each in properties.get("peer_uri", ())),
@@ -192,14 +204,18 @@ class Caller:
                 f"{self.name} may not {permission}" + ("" if camera is None else f" for camera {camera!r}")
             )
 
+    def require_name(self) -> None:
+        """Raises Unauthenticated for a caller without a name, unless that may do something."""
+        if self.name == ANONYMOUS and not self.rights.any:
+            raise Unauthenticated("expected a client certificate or a bearer token, got neither")
+
     def require_method(self, method: str) -> None:
         """Raises Unauthenticated for a caller without a name, PermissionDenied for one without the permission."""
         needed = METHODS.get(method)
         if needed == _ANYBODY:
             return
         rights = self.rights
-        if self.name == ANONYMOUS and not rights.any:
-            raise Unauthenticated("expected a client certificate or a bearer token, got neither")
+        self.require_name()
         if needed is None:  # not in the table
             allowed = rights is EVERYTHING
         else:

@@ -79,9 +79,8 @@ class Server:
         build_info(registry)
         self.reload_metrics = ReloadMetrics(registry)
         limits = CallLimits(settings.max_calls, settings.max_calls_caller, settings.rate_caller)
-        self._calls = ServerInterceptor(
-            registry, self.draining, Access(settings.policy, limits, registry, self.reload_metrics)
-        )
+        self.access = Access(settings.policy, limits, registry, self.reload_metrics)
+        self._calls = ServerInterceptor(registry, self.draining, self.access)
         self._grpc = self._server()
         self._admin_services = admin or {}
         self._admin: grpc.aio.Server | None = None

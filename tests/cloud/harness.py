@@ -20,14 +20,16 @@ from sightline.v1 import detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_p
 from torch import Tensor
 
 from cloud.admin import BundleAdmin
+from cloud.console.server import Console, system_facts
 from cloud.detections.sqlite import SqliteLog
 from cloud.inference import Inference
 from cloud.ingest import IngestService
+from cloud.kept import KeptFrames
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline
 from cloud.quarantine import Quarantine
 from cloud.replay import Replayer
-from cloud.server import DETECTION, INGEST, admin_services
+from cloud.server import DETECTION, INGEST, Watched, admin_services
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.types import Detections, TaskKind
@@ -128,6 +130,8 @@ class RunningCloud:
             max_frames=settings.quarantine_max_frames,
             max_bytes=int(settings.quarantine_max_bytes),
         )
+        self.kept = KeptFrames(settings.data_dir / "review.sqlite", settings.review_bounds)
+        self.watched = Watched(self.kept)
         self.inference = Inference(
             self._codecs, [self.spot], limits=settings.batch_limits, threads=1, unpack_threads=1, metrics=metrics
         )
@@ -136,6 +140,7 @@ class RunningCloud:
             self.inference, self.log, self.quarantine,
             tasks=[self.spot.name], min_score=settings.min_score, limits=settings.pipeline_limits, metrics=metrics,
             tracer=self.tracer,
+            on_seen=self.watched.see,
         )  # fmt: skip
         self.ingest = IngestService(settings.cloud_id, settings.stream_limits, draining, metrics)
         self.detection = DetectionService(settings.subscription_limits, settings.max_subscribers, metrics)
@@ -158,14 +163,28 @@ class RunningCloud:
         await self.server.start()
         self.ingest.open(self.pipeline)
         self.detection.open(self.pipeline, self.log)
+        if settings.console_listen:
+            await self.open_console(settings.console_listen)
         return self
+
+    async def open_console(self, listen: str) -> None:
+        """`console` is its address then."""
+        settings = self.settings.model_copy(update={"console_listen": listen})
+        self.watched.console = Console(
+            settings, self.server.access, self.log, self.inference, self.kept,
+            lambda: system_facts(settings, self.pipeline, self.ingest),
+        )  # fmt: skip
+        self.console = await self.watched.console.start()
 
     async def stop(self) -> None:
         for channel in self._channels:
             await channel.close()
+        if self.watched.console is not None:
+            await self.watched.console.close()
         await self.server.close()
         await self.pipeline.close()
         await self.inference.close()
+        await self.kept.close()
         await self.quarantine.close()
         await self.log.close()
         if self.tracer is not None:
