@@ -23,12 +23,13 @@ from typing import Any
 import grpc
 from sightline.v1 import common_pb2, ingest_pb2, ingest_pb2_grpc
 
+from cloud.again import FramesAgain
 from cloud.detections.log import FrameName
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline, ReceivedFrame, Tombstone, Verdict
 from cloud.tasks.labels import COCO_LABELS
 from shared.codec.types import Bitstream
-from shared.errors import InvalidInput, Unavailable
+from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.logs import facts
 from shared.rpc.access import caller
 
@@ -82,6 +83,16 @@ class IngestService(ingest_pb2_grpc.IngestServiceServicer):
     def streams(self) -> "list[_UploadStream]":
         """Those that are open."""
         return list(self._streams)
+
+    def keeper(self, edge_id: str, camera: str) -> FramesAgain:
+        """The way to ask an edge for frames of a camera again. Raises Unavailable where it is not connected to this
+        process, NotFound where it keeps no originals."""
+        connected = [each for each in self._streams if each.edge_id == edge_id and each.answers_for(camera)]
+        if not connected:
+            raise Unavailable(f"edge {edge_id!r} is not connected to this cloud now")
+        if not connected[0].keeps_originals:
+            raise NotFound(f"edge {edge_id!r} keeps no originals; its operator can allow it (originals_max_bytes)")
+        return connected[0].again
 
     async def until_idle(self) -> None:
         """Returns when no upload stream is open."""
@@ -150,6 +161,7 @@ class _UploadStream:
         self.frames = 0  # that came, tombstones included
         self._edge_id = ""
         self.software_version = ""
+        self.keeps_originals = False
         self.opened_us = self.last_frame_us = 0  # Unix time; 0: not yet
         self.payload_bytes = 0  # of the frames that came
         self._models: dict[int, str] = {}
@@ -164,6 +176,7 @@ class _UploadStream:
         self._ending = False  # DRAIN was said: no more credit
         self._closing = False  # all is answered: the writer ends when it has written that
         self._news = asyncio.Event()
+        self.again = FramesAgain(self._news.set)
 
     @property
     def edge_id(self) -> str:
@@ -183,6 +196,10 @@ class _UploadStream:
     def cameras(self) -> set[str]:
         """Whose frames it announced."""
         return {camera for camera, _ in self._sources.values()}
+
+    def answers_for(self, camera: str) -> bool:
+        """It is not about to end, and its caller may send for that camera: a name alone is anybody's to claim."""
+        return not self._ending and self._caller.may("send", camera)
 
     @property
     def model_ids(self) -> set[str]:
@@ -218,6 +235,7 @@ class _UploadStream:
             self._ending = self._closing = True
             self._news.set()
             ending.cancel()
+            self.again.end(Unavailable(f"the stream of edge {self._edge_id} ended"))
             for work in self._work:
                 work.cancel()  # the pipeline goes on with the frame
             for task in (reading, writing):
@@ -236,6 +254,7 @@ class _UploadStream:
         if not _NAME.fullmatch(hello.edge_id):
             raise InvalidInput(f"edge_id must match {_NAME.pattern}, got {hello.edge_id!r}")
         self._edge_id, self.software_version = hello.edge_id, hello.software_version[:_MAX_VERSION]
+        self.keeps_originals = hello.keeps_originals
         self.opened_us = time.time_ns() // 1000
         for model in hello.models:
             self._announce_model(model)
@@ -279,6 +298,8 @@ class _UploadStream:
                     self._announce_source(request.source)
                 case "model":
                     self._announce_model(request.model)
+                case "again":
+                    self.again.answer(request.again)
                 case other:
                     raise InvalidInput(f"expected a frame, a tombstone or an announcement, got {other}")
 
@@ -409,6 +430,9 @@ class _UploadStream:
             message = ingest_pb2.UploadResponse(drain=self._drain)
             self._drain = None
             return message
+        asked = self.again.next_request()
+        if asked is not None:
+            return ingest_pb2.UploadResponse(again=asked)
         if self._acks:
             keys = list(self._acks)[:_ACKS_A_MESSAGE]
             return ingest_pb2.UploadResponse(acks=ingest_pb2.Acks(acks=[self._acks.pop(key) for key in keys]))

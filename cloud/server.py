@@ -29,6 +29,7 @@ from cloud.pipeline import Pipeline, ReceivedFrame
 from cloud.quarantine import Quarantine
 from cloud.readiness import DiskCheck, LogCheck
 from cloud.replay import Replayer
+from cloud.review import Reviewer
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.loading import load_task
@@ -113,10 +114,11 @@ async def _run(
             tracer=tracer,
             on_seen=watched.see,
         )
-        console = await open_console(settings, server, log, pipeline, ingest, kept)
+        reviewer = Reviewer(log, inference, kept, ingest, settings.max_pixels)
+        console = await open_console(settings, server, log, pipeline, ingest, reviewer)
         watched.console = console
         ingest.open(pipeline)
-        detection.open(pipeline, log)
+        detection.open(pipeline, log, reviewer)
         bundles.open(inference)
         rejected.open(Replayer(pipeline, quarantine))
         metrics.waiting_frames.set_function(lambda: inference.waiting)
@@ -181,7 +183,7 @@ async def open_console(
     log: DetectionLog,
     pipeline: Pipeline,
     ingest: IngestService,
-    kept: KeptFrames,
+    reviewer: Reviewer,
 ) -> "Console | None":
     """None where it is switched off. Raises InvalidSettings."""
     if not settings.console_listen:
@@ -191,7 +193,7 @@ async def open_console(
     def facts() -> dict[str, object]:
         return system_facts(settings, pipeline, ingest)
 
-    console = Console(settings, server.access, log, pipeline.inference, kept, facts)
+    console = Console(settings, server.access, log, reviewer, facts)
     _log.info("the console is open", extra=logs.facts(address=await console.start()))
     return console
 

@@ -1,4 +1,4 @@
-"""What consumers call: Subscribe, from the log, and Detect, past it."""
+"""What consumers call: Subscribe, from the log, Detect, past it, and Review, for a person's eyes."""
 
 import asyncio
 import io
@@ -10,12 +10,13 @@ from PIL import Image
 from sightline.v1 import detection_pb2, detection_pb2_grpc
 
 from cloud import events
-from cloud.detections.log import DetectionLog
+from cloud.detections.log import DetectionLog, FrameName
 from cloud.detections.subscribe import EventFilter, Limits, Subscription, start_position
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline
+from cloud.review import Reviewer
 from shared.codec import bitstream as bits
-from shared.codec.types import QUALITY_STEP, Frame
+from shared.codec.types import QUALITY_STEP, Frame, quality_to_steps
 from shared.errors import InvalidInput, Overloaded, TooLarge, Unavailable
 from shared.rpc.access import caller
 
@@ -32,14 +33,16 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
         self._max_subscribers = max_subscribers
         self._metrics = metrics
         self._opened: tuple[Pipeline, DetectionLog] | None = None
+        self._reviewer: Reviewer | None = None
         self._subscriptions: dict[Subscription, str] = {}  # and the consumer's identity
         metrics.subscribers.set_function(lambda: len(self._subscriptions))
         metrics.subscriber_lag.set_function(
             lambda: max((subscription.lag for subscription in tuple(self._subscriptions)), default=0)
         )
 
-    def open(self, pipeline: Pipeline, log: DetectionLog) -> None:
+    def open(self, pipeline: Pipeline, log: DetectionLog, reviewer: Reviewer) -> None:
         self._opened = pipeline, log
+        self._reviewer = reviewer
 
     @property
     def subscriptions(self) -> dict[Subscription, str]:
@@ -100,6 +103,25 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
         if request.return_image:
             response.image_png = await asyncio.to_thread(_to_png, inferred.frame)
         return response
+
+    async def Review(self, request: detection_pb2.ReviewRequest, context: Any) -> detection_pb2.ReviewResponse:
+        self._ready()
+        assert self._reviewer is not None  # noqa: S101 - opened with the rest
+        caller().require("subscribe", request.frame.camera_id)
+        name = FrameName(request.frame.camera_id, request.frame.epoch, request.frame.seq)
+        if request.quality:
+            seen = await self._reviewer.again(name, quality_to_steps(request.quality))
+        else:
+            seen = await self._reviewer.as_seen(name)
+        coded = seen.bitstream
+        return detection_pb2.ReviewResponse(
+            image_png=await asyncio.to_thread(_to_png, seen.frame),
+            width=coded.width,
+            height=coded.height,
+            model_id=coded.model_id,
+            quality=coded.quality / QUALITY_STEP,
+            bitstream=bits.to_bytes(coded) if request.return_bitstream else b"",
+        )
 
     def _ready(self) -> tuple[Pipeline, DetectionLog]:
         if self._opened is None:

@@ -25,6 +25,7 @@ from edge.engine import Engine
 from edge.images import ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
 from edge.models import Models
+from edge.originals import Originals, code_again
 from edge.rate import TYPICAL_BPP, Pacing, RateController, is_curve
 from edge.service import Defaults, EdgeService
 from edge.settings import EdgeSettings
@@ -96,8 +97,9 @@ class Edge:
             workers=settings.workers,
         )
         draining = asyncio.Event()
+        originals = Originals(int(settings.originals_max_bytes), settings.originals_max_age_s)
         pacing = _pacing(settings, models, control, spool, metrics, lambda: edge.uplink)
-        service = EdgeService(engine, spool, metrics, _defaults(settings, models, control, pacing), draining)
+        service = EdgeService(engine, spool, metrics, _defaults(settings, models, control, pacing), draining, originals)
         server = Server(
             settings,
             {SERVICE: lambda grpc_server: edge_pb2_grpc.add_EdgeServiceServicer_to_server(service, grpc_server)},
@@ -113,6 +115,8 @@ class Edge:
             if settings.cloud:
                 credentials = _cloud_credentials(settings, server.reload_metrics)
                 edge.uplink = _uplink(settings, credentials, spool, metrics, models.ids, pacing)
+                if originals.on:
+                    edge.uplink.code_again = partial(code_again, originals, engine, models)
                 edge.uplink.start()
                 edge.renewal = asyncio.create_task(credentials.watch(edge.uplink.renew))
             server.keep_checking({"spool": edge.check_spool})

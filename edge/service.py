@@ -23,6 +23,7 @@ from edge.engine import Encoded, Engine, Rate
 from edge.images import ImageFile, ImageLimits, PixelFormat, RawPicture
 from edge.metrics import EdgeMetrics
 from edge.models import Models
+from edge.originals import Originals
 from edge.rate import Pacing
 from edge.settings import NAME_PATTERN
 from edge.spool import Spool, wall_clock_us
@@ -89,7 +90,13 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
     """See the head of this module. `draining`: no more pictures are read from streams."""
 
     def __init__(
-        self, engine: Engine, spool: Spool, metrics: EdgeMetrics, defaults: Defaults, draining: asyncio.Event
+        self,
+        engine: Engine,
+        spool: Spool,
+        metrics: EdgeMetrics,
+        defaults: Defaults,
+        draining: asyncio.Event,
+        originals: Originals,
     ) -> None:
         self._engine = engine
         self._spool = spool
@@ -97,6 +104,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         self._defaults = defaults
         self._draining = draining
         self.tracer: Tracer | None = None
+        self._originals = originals
 
     async def Compress(self, request: edge_pb2.CompressRequest, context: Any) -> edge_pb2.CompressResponse:
         tracing.hear(context)
@@ -190,7 +198,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         self._observe(encoded)
         receipt = _receipt(order, encoded)
         if order.delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE):
-            await self._deliver(order, _content(picture), encoded, receipt)
+            await self._deliver(order, picture, encoded, receipt)
         return receipt
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -257,7 +265,9 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
 
     # -- delivering ----------------------------------------------------------------------------------------------
 
-    async def _deliver(self, order: _Order, content: bytes, encoded: Encoded, receipt: edge_pb2.Receipt) -> None:
+    async def _deliver(
+        self, order: _Order, picture: ImageFile | RawPicture, encoded: Encoded, receipt: edge_pb2.Receipt
+    ) -> None:
         """Spools the frame, waits for the cloud where asked for, and says so in the receipt."""
         start = time.perf_counter()
         if receipt.coded_bytes > self._defaults.max_coded_bytes:
@@ -265,9 +275,11 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
                 f"expected at most {self._defaults.max_coded_bytes} coded bytes, what one message to the cloud may "
                 f"hold, got {receipt.coded_bytes}; a lower quality makes fewer"
             )
+        content = _content(picture)
         draft = Draft(order.camera_id, order.captured_us, order.expires_us, order.token, content, encoded.bitstream)
         waits = order.delivery == edge_pb2.DELIVERY_PERSISTED
         placed, final = await self._spool.put(draft, watch=waits)
+        self._originals.keep(placed.name, picture)
         spooled_s = time.perf_counter() - start
         self._metrics.spool_seconds.observe(spooled_s)
         if self._defaults.pacing is not None and not placed.duplicate:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import grpc
 from sightline.v1 import common_pb2, ingest_pb2, ingest_pb2_grpc
 
-from edge.spool_rows import Entry, Final, Outcome
-from shared.codec.bitstream import payload_crc
+from edge.spool_rows import Entry, Final, FrameName, Outcome
+from shared.codec.bitstream import payload_crc, to_bytes
+from shared.errors import NotFound, SightlineError, TooLarge
 from shared.logs import facts, frame_id
 from shared.metrics import software_version
+from shared.rpc import status
 
 if TYPE_CHECKING:
     from edge.uplink import Uplink
@@ -30,6 +32,7 @@ PROTOCOL_VERSION = 1
 MAX_SOURCES = 65536
 MAX_MODELS = 256
 FRAMES_AT_ONCE = 32
+_AGAIN_AT_ONCE = 4
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome if outcome is not Outcome.NONE}
 
 
@@ -66,6 +69,8 @@ class Session:
         self._stalled = False
         self._greeted = False  # hello was written, so there is a connection
         self._running: asyncio.Task[None] | None = None
+        self._again: set[asyncio.Task[None]] = set()
+        self._writing = asyncio.Lock()
 
     async def run(self) -> None:
         """Lives until the stream has ended, however that happens; raises only when cancelled from outside."""
@@ -73,7 +78,7 @@ class Session:
         tasks = [asyncio.create_task(self._watch())]
         reason = "ok"
         try:
-            await self._call.write(ingest_pb2.UploadRequest(hello=self._hello()))
+            await self._write(ingest_pb2.UploadRequest(hello=self._hello()))
             self._greeted = True
             async for response in self._call:
                 self._heard = time.monotonic()
@@ -94,6 +99,7 @@ class Session:
             reason = "failed"
             _log.exception("the upload stream failed")
         finally:
+            tasks += self._again
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -124,7 +130,13 @@ class Session:
             boot_id=self._uplink.boot_id,
             models=[ingest_pb2.ModelAnnouncement(index=i, model_id=m) for m, i in self._models.items()],
             software_version=software_version(),
+            keeps_originals=self._uplink.code_again is not None,
         )
+
+    async def _write(self, request: ingest_pb2.UploadRequest) -> None:
+        """gRPC takes one write at a time; frames and answers come from two tasks."""
+        async with self._writing:
+            await self._call.write(request)
 
     async def _send(self) -> None:
         while not self.draining.done():
@@ -159,7 +171,7 @@ class Session:
             announcement = ingest_pb2.SourceAnnouncement(
                 index=source, camera_id=entry.name.camera_id, epoch=entry.name.epoch
             )
-            await self._call.write(ingest_pb2.UploadRequest(source=announcement))
+            await self._write(ingest_pb2.UploadRequest(source=announcement))
         self._credit_frames -= 1
         bits = entry.bitstream
         if bits is None:
@@ -173,7 +185,7 @@ class Session:
         if bits.model_id not in self._models:
             self._models[bits.model_id] = len(self._models)
             model = ingest_pb2.ModelAnnouncement(index=self._models[bits.model_id], model_id=bits.model_id)
-            await self._call.write(ingest_pb2.UploadRequest(model=model))
+            await self._write(ingest_pb2.UploadRequest(model=model))
         self._credit_bytes -= size
         frame = ingest_pb2.FrameUpload(
             source_index=source,
@@ -192,7 +204,7 @@ class Session:
             resends=self._uplink.resends(entry.id),
             idempotency_token=entry.token,
         )
-        await self._call.write(ingest_pb2.UploadRequest(frame=frame))
+        await self._write(ingest_pb2.UploadRequest(frame=frame))
         self._uplink.on_sent(size)
 
     async def _send_tombstone(self, source: int, entry: Entry) -> None:
@@ -204,7 +216,7 @@ class Session:
             outcome=common_pb2.Outcome.ValueType(int(entry.outcome)),
             reason=entry.reason,
         )
-        await self._call.write(ingest_pb2.UploadRequest(tombstone=tombstone))
+        await self._write(ingest_pb2.UploadRequest(tombstone=tombstone))
 
     # -- down ----------------------------------------------------------------------------------------------------
 
@@ -227,7 +239,36 @@ class Session:
             _log.info("the cloud drains this stream", extra=facts(reason=response.drain.reason))
             self.ask_to_drain()
             self._uplink.look_again_now()
+        elif kind == "again" and len(self._again) < _AGAIN_AT_ONCE:  # one too many the cloud gives up by itself
+            task = asyncio.create_task(self._code_again(response.again))
+            self._again.add(task)
+            task.add_done_callback(self._again.discard)
         # Anything else is from a newer cloud and may be left alone.
+
+    async def _code_again(self, request: ingest_pb2.FrameAgainRequest) -> None:
+        """Answers with the frame, or with why not."""
+        answer = ingest_pb2.FrameAgain(request_id=request.request_id)
+        name = FrameName(request.camera_id, request.epoch, request.seq)
+        try:
+            if self._uplink.code_again is None:
+                raise NotFound("this edge keeps no originals")
+            coded = (await self._uplink.code_again(name, request.quality_steps)).bitstream
+            if len(coded.hyper) + len(coded.latents) > self._max_frame_bytes:
+                raise TooLarge(
+                    f"expected at most {self._max_frame_bytes} bytes of streams, as the cloud takes, got more"
+                )
+            answer.bitstream = to_bytes(coded)
+        except SightlineError as error:
+            answer.error.CopyFrom(status.to_message(error))
+        except Exception:
+            _log.exception(
+                "a frame could not be coded again", extra=facts(frame=frame_id(name.camera_id, name.epoch, name.seq))
+            )
+            answer.error.CopyFrom(status.to_message(SightlineError("internal error; the edge's log has the details")))
+        try:
+            await self._write(ingest_pb2.UploadRequest(again=answer))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the stream has ended; the cloud knows
 
     def _on_ack(self, ack: ingest_pb2.FrameAck) -> None:
         key = (ack.source_index, ack.seq)

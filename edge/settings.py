@@ -127,6 +127,15 @@ class EdgeSettings(ServerSettings):
     quarantine_max_bytes: ByteSize = Field(
         default=ByteSize(64 << 20), ge=0, description="bytes of rejected frames kept for people to look at"
     )
+    originals_max_bytes: ByteSize = Field(
+        default=ByteSize(0),
+        ge=0,
+        description="original pictures kept in memory, bytes, so that a consumer can ask for a frame again at a higher "
+        "quality; 0: none is kept and none is given",
+    )
+    originals_max_age_s: float = Field(
+        default=600.0, gt=0, description="an original is given out for at most this long, seconds"
+    )
 
     # -- way to the cloud
     cloud: str = Field(

@@ -18,20 +18,22 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 from sightline.v1 import ingest_pb2
 
+from edge.engine import Encoded
 from edge.metrics import EdgeMetrics, ack_label
 from edge.session import Session
 from edge.spool import Spool
-from edge.spool_rows import Entry, Final
+from edge.spool_rows import Entry, Final, FrameName
 from shared.errors import SightlineError, Unavailable
 from shared.logs import facts
 
 _log = logging.getLogger("sightline.edge.uplink")
 
+CodeAgain = Callable[[FrameName, int], Awaitable[Encoded]]  # name, quality in steps of 1/256
 BACKOFF_MIN_S = 0.2
 MODEL_PAUSE_S = 10.0
 LIVED_S = 10.0  # a stream that lived this long does not count as a failure when it ends
@@ -57,6 +59,7 @@ class Uplink:
         self.boot_id = random.getrandbits(64)
         self.model_ids = list(model_ids)
         self.stall_s = stall_s
+        self.code_again: CodeAgain | None = None  # set where originals are kept
         self._on_received = on_received
         self._spool = spool
         self._metrics = metrics

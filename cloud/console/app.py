@@ -7,11 +7,13 @@
     GET /api/events            search: newest first, or `after` a sequence; one event by /api/events/SEQUENCE
     GET /api/system            models, edges, log
     GET /pictures/CAMERA/EPOCH/SEQ   the frame as the networks saw it
+    POST /again/CAMERA/EPOCH/SEQ     the frame once more from its edge, ?quality=8
 
 An error is JSON too: {"error": sentence, "kind": its class}. Whether the caller may see a camera is asked for each
 camera of each answer (cloud.console.callers), so that the console shows nobody more than Subscribe would.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -29,12 +31,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cloud.console import search
 from cloud.console.callers import Callers
 from cloud.console.live import Live
-from cloud.console.pictures import Pictures
+from cloud.console.pictures import Pictures, to_jpeg
 from cloud.console.views import of_event
 from cloud.detections.log import DetectionLog, FrameName
 from cloud.detections.subscribe import EventFilter
+from cloud.review import Reviewer
 from cloud.tasks.labels import COCO_LABELS
-from shared.errors import CursorExpired, InvalidInput, PermissionDenied, SightlineError
+from shared.codec.types import quality_to_steps
+from shared.errors import CursorExpired, InvalidInput, NotFound, PermissionDenied, SightlineError
 
 _STATIC = Path(__file__).with_name("static")
 _MAX_LIMIT = 200
@@ -43,22 +47,19 @@ _STATUS = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
     "OUT_OF_RANGE": 410,
     "FAILED_PRECONDITION": 409,
     "RESOURCE_EXHAUSTED": 429,
     "UNAVAILABLE": 503,
 }
 _HEADERS = (
-    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-     b"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"),
+    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+     b"img-src 'self' data: blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )  # fmt: skip
-
-
-class NotFound(Exception):
-    """What was asked for is not here."""
 
 
 class ConsoleApp:
@@ -69,6 +70,7 @@ class ConsoleApp:
         log: DetectionLog,
         live: Live,
         pictures: Pictures,
+        reviewer: Reviewer,
         *,
         callers: Callers,
         system: Callable[[], dict[str, Any]],
@@ -77,6 +79,7 @@ class ConsoleApp:
         self._log = log
         self._live = live
         self._pictures = pictures
+        self._reviewer = reviewer
         self._callers = callers
         self._may_see = callers.may_see
         self._system = system
@@ -93,9 +96,10 @@ class ConsoleApp:
                 Route("/api/events/{sequence:int}", self._event),
                 Route("/api/system", self._facts),
                 Route("/pictures/{camera}/{epoch}/{seq:int}", self._picture),
+                Route("/again/{camera}/{epoch}/{seq:int}", self._again, methods=["POST"]),
             ],
             middleware=[Middleware(_Guard, hosts=hosts)],
-            exception_handlers={SightlineError: _error, NotFound: _not_found},
+            exception_handlers={SightlineError: _error},
         )
 
     async def _page(self, request: Request) -> Response:
@@ -145,7 +149,7 @@ class ConsoleApp:
                 event_filter,
                 sequence=query.integer("before", 0) or None,
                 since_ns=query.integer("since", 0) * 1_000_000,
-                until_ns=query.integer("until", 0) * 1_000_000,
+                until_ns=_end_of(query.integer("until", 0)),
                 limit=limit,
             )
         return _json({"events": found.events, "next": found.next, "scanned": found.scanned})
@@ -176,15 +180,35 @@ class ConsoleApp:
         may_see = self._may_see(request)
         if not may_see(path["camera"]):
             raise PermissionDenied(f"you may not see camera {path['camera']!r}")
-        try:
-            name = FrameName(path["camera"], int(path["epoch"], 16), path["seq"])
-        except ValueError as error:
-            raise InvalidInput(f"expected /pictures/CAMERA/EPOCH/SEQ, got {request.url.path}: {error}") from None
+        name = _name(request)
         wanted = _Query(request).integer("side", _SIDES[0], low=1, high=_SIDES[-1])
         jpeg = await self._pictures.get(name, next(side for side in _SIDES if side >= wanted))
         if jpeg is None:
             raise NotFound(f"the picture of frame {name} is not kept")
         return Response(jpeg, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600, immutable"})
+
+    async def _again(self, request: Request) -> Response:
+        if not self._may_see(request)(request.path_params["camera"]):
+            raise PermissionDenied(f"you may not see camera {request.path_params['camera']!r}")
+        quality = _Query(request).number("quality", 8.0, high=8.0)
+        seen = await self._reviewer.again(_name(request), quality_to_steps(quality))
+        jpeg = await asyncio.to_thread(to_jpeg, seen.frame, _SIDES[-1])
+        coded_bytes = len(seen.bitstream.hyper) + len(seen.bitstream.latents)
+        headers = {"cache-control": "no-store", "x-coded-bytes": str(coded_bytes)}
+        return Response(jpeg, media_type="image/jpeg", headers=headers)
+
+
+def _end_of(unix_ms: int) -> int:
+    """The last nanosecond of a millisecond, 0 for none."""
+    return unix_ms * 1_000_000 + 999_999 if unix_ms else 0
+
+
+def _name(request: Request) -> FrameName:
+    path = request.path_params
+    try:
+        return FrameName(path["camera"], int(path["epoch"], 16), path["seq"])
+    except ValueError as error:
+        raise InvalidInput(f"expected CAMERA/EPOCH/SEQ of an event, got {request.url.path}: {error}") from None
 
 
 class _Query:
@@ -265,7 +289,3 @@ def _json(value: object) -> Response:
 async def _error(request: Request, error: Exception) -> Response:
     status = _STATUS.get(error.status, 500) if isinstance(error, SightlineError) else 500
     return JSONResponse({"error": str(error), "kind": type(error).__name__}, status)
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error), "kind": "NotFound"}, 404)

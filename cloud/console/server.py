@@ -19,19 +19,19 @@ from cloud.console.callers import Callers, Connection, tls_context
 from cloud.console.live import Live
 from cloud.console.pictures import Pictures
 from cloud.detections.log import DetectionLog, FrameName
-from cloud.inference import Inference
 from cloud.ingest import IngestService
-from cloud.kept import KeptFrames
 from cloud.pipeline import Pipeline
+from cloud.review import Reviewer
 from cloud.settings import CloudSettings
 from shared.codec.types import Frame
-from shared.errors import InvalidSettings
+from shared.errors import InvalidSettings, NotFound
 from shared.rpc import tls
 from shared.rpc.access import Access
 
 _log = logging.getLogger("sightline.cloud.console")
 _CACHE_BYTES = 64 << 20  # pictures
 _LAST_ANSWERS_S = 1
+_MAX_REQUESTS = 512  # at once; a page that is watched is one
 
 
 class Console:
@@ -42,19 +42,23 @@ class Console:
         settings: CloudSettings,
         access: Access,
         log: DetectionLog,
-        inference: Inference,
-        kept: KeptFrames,
+        reviewer: Reviewer,
         facts: Callable[[], dict[str, Any]],
     ) -> None:
         self._settings = settings
-        self._inference = inference
-        self._kept = kept
+        self._reviewer = reviewer
         self._facts = facts
         self._pictures = Pictures(self._decode, max_bytes=_CACHE_BYTES)
         self._live = Live(log, self._pictures)
         self._hosts: frozenset[str] | None = None
         app = ConsoleApp(
-            log, self._live, self._pictures, callers=Callers(access), system=self._system, hosts=lambda: self._hosts
+            log,
+            self._live,
+            self._pictures,
+            reviewer,
+            callers=Callers(access),
+            system=self._system,
+            hosts=lambda: self._hosts,
         )
         self._app = app.asgi
         self._server: _Uvicorn | None = None
@@ -76,6 +80,7 @@ class Console:
         config = uvicorn.Config(
             self._app, http=Connection, ws="none", loop="none", lifespan="off", log_config=None, log_level="warning",
             access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=_LAST_ANSWERS_S,
+            limit_concurrency=_MAX_REQUESTS,
             ssl_context_factory=None if context is None else lambda config, default: context,
         )  # fmt: skip
         self._server = _Uvicorn(config)
@@ -100,16 +105,15 @@ class Console:
         await self._pictures.close()
 
     async def _decode(self, name: FrameName) -> Frame | None:
-        """A kept frame, decoded again, in turn with the cameras' frames. Raises Overloaded, UnknownModel."""
-        bitstream = await self._kept.find(name)
-        if bitstream is None:
+        try:
+            return (await self._reviewer.as_seen(name)).frame
+        except NotFound:
             return None
-        inferred = await self._inference.infer("console", bitstream, ())
-        return None if inferred is None else inferred.frame
 
     def _system(self) -> dict[str, Any]:
-        kept = {"frames": self._kept.frames, "bytes": self._kept.coded_bytes, "not_kept": self._kept.not_kept}
-        return {"version": version("sightline"), "viewers": self._live.watchers, "kept": kept, **self._facts()}
+        kept = self._reviewer.kept
+        numbers = {"frames": kept.frames, "bytes": kept.coded_bytes, "not_kept": kept.not_kept}
+        return {"version": version("sightline"), "viewers": self._live.watchers, "kept": numbers, **self._facts()}
 
 
 class _Uvicorn(uvicorn.Server):

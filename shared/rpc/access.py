@@ -41,6 +41,7 @@ METHODS: dict[str, Permission | str] = {
     "/sightline.v1.IngestService/ListModels": _ANY_GRANT,
     "/sightline.v1.DetectionService/Subscribe": "subscribe",
     "/sightline.v1.DetectionService/Detect": "subscribe",
+    "/sightline.v1.DetectionService/Review": "subscribe",
     **{
         f"/sightline.v1.{method}": "administer"
         for method in (

@@ -29,6 +29,7 @@ from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline
 from cloud.quarantine import Quarantine
 from cloud.replay import Replayer
+from cloud.review import Reviewer
 from cloud.server import DETECTION, INGEST, Watched, admin_services
 from cloud.service import DetectionService
 from cloud.settings import CloudSettings
@@ -162,7 +163,8 @@ class RunningCloud:
         )
         await self.server.start()
         self.ingest.open(self.pipeline)
-        self.detection.open(self.pipeline, self.log)
+        self.reviewer = Reviewer(self.log, self.inference, self.kept, self.ingest, settings.max_pixels)
+        self.detection.open(self.pipeline, self.log, self.reviewer)
         if settings.console_listen:
             await self.open_console(settings.console_listen)
         return self
@@ -171,7 +173,7 @@ class RunningCloud:
         """`console` is its address then."""
         settings = self.settings.model_copy(update={"console_listen": listen})
         self.watched.console = Console(
-            settings, self.server.access, self.log, self.inference, self.kept,
+            settings, self.server.access, self.log, self.reviewer,
             lambda: system_facts(settings, self.pipeline, self.ingest),
         )  # fmt: skip
         self.console = await self.watched.console.start()
@@ -205,6 +207,10 @@ class RunningCloud:
             edge.call.cancel()
             await asyncio.gather(edge.reading, return_exceptions=True)
 
+    @property
+    def model_id(self) -> str:
+        return self._codecs[0].model_id
+
     def consumers(self) -> detection_pb2_grpc.DetectionServiceStub:
         return detection_pb2_grpc.DetectionServiceStub(self.channel())
 
@@ -226,7 +232,7 @@ class Edge:
 
     def __init__(self, channel: grpc.aio.Channel, model_id: str, name: str) -> None:
         self.call = ingest_pb2_grpc.IngestServiceStub(channel).Upload()
-        self._hello = ingest_pb2.Hello(
+        self.hello = ingest_pb2.Hello(
             protocol_version=1,
             edge_id=name,
             boot_id=1,
@@ -237,11 +243,12 @@ class Edge:
         self.frames = self.bytes = 0  # credit
         self.acks: list[ingest_pb2.FrameAck] = []
         self.drains: list[ingest_pb2.Drain] = []
+        self.asked: list[ingest_pb2.FrameAgainRequest] = []
         self._news = asyncio.Condition()
         self.reading: asyncio.Task[None]
 
     async def open(self) -> None:
-        await self.call.write(ingest_pb2.UploadRequest(hello=self._hello))
+        await self.call.write(ingest_pb2.UploadRequest(hello=self.hello))
         self.reading = asyncio.create_task(self._read())
         await self.until(lambda: self.frames > 0)
 
@@ -256,6 +263,8 @@ class Edge:
                         self.bytes += message.credit.bytes
                     case "acks":
                         self.acks += message.acks.acks
+                    case "again":
+                        self.asked.append(message.again)
                     case "drain":
                         self.drains.append(message.drain)
                 self._news.notify_all()

@@ -30,12 +30,12 @@ function show(focus) {
     else link.removeAttribute("aria-current");
   }
   main.replaceChildren(view.element);
-  view.opened?.();
   if (focus) {
     window.scrollTo(0, 0);
     main.focus({ preventScroll: true });
     say(view.title);
   }
+  view.opened?.(); // last: it may know a better place for the focus
 }
 
 document.addEventListener("click", (event) => {

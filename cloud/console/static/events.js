@@ -162,11 +162,15 @@ class Player {
     this.back = h("button", { type: "button", class: "tool", onclick: () => this.step(-1) }, "Back");
     this.forth = h("button", { type: "button", class: "tool", onclick: () => this.step(1) }, "Next");
     this.speed = h("select", { "aria-label": "Speed" }, [["1", "1\u00d7"], ["2", "2\u00d7"], ["4", "4\u00d7"], ["16", "16\u00d7"]].map(([value, name]) => h("option", { value }, name)));
+    this.ask = h("button", { type: "button", class: "tool", onclick: () => this.again() }, "Ask the edge for it at quality 8");
+    this.answer = h("span", { class: "quiet", role: "status" });
     this.place = h("input", { type: "range", min: 0, max: 0, value: 0, step: 1, "aria-label": "Place in the replay", oninput: () => this.go(Number(this.place.value)) });
     this.body = h("div", { hidden: true },
       this.heading, this.when, this.view,
       h("div", { class: "player" }, this.play, this.back, this.forth, this.place, this.speed),
-      this.controls.element, this.list.element, this.facts, this.stages.element,
+      this.controls.element, this.list.element,
+      h("p", { class: "again" }, this.ask, this.answer),
+      this.facts, this.stages.element,
     );
     this.blank = h("div", { class: "blank" }, h("h2", {}, "Choose an event"), h("p", {}, "Its picture is decoded again from what the camera sent, and can be replayed from there."));
     this.element = h("section", { class: "watch", "aria-label": "Event" }, this.blank, this.body);
@@ -225,6 +229,26 @@ class Player {
     this.#buttons();
   }
 
+  /** The frame once more from its edge, where that keeps originals. */
+  async again() {
+    this.stop();
+    const event = this.events[this.at];
+    this.ask.disabled = true;
+    put(this.answer, "Asking the edge");
+    try {
+      const response = await fetch(`/again/${encodeURIComponent(event.camera)}/${event.epoch}/${event.frame}?quality=8`, { method: "POST" });
+      if (!response.ok) throw new Error((await response.json()).error);
+      const blob = await response.blob();
+      if (this.events[this.at] !== event) return;
+      await this.overlay.replace(blob);
+      put(this.answer, `Coded again from the original: ${bytes(Number(response.headers.get("x-coded-bytes")))}`);
+    } catch (error) {
+      put(this.answer, `Not to be had: ${error.message}`);
+    } finally {
+      this.ask.disabled = false;
+    }
+  }
+
   step(by) {
     this.stop();
     this.go(this.at + by);
@@ -251,6 +275,8 @@ class Player {
     if (event.reason) facts.unshift(["Why", event.reason]);
     this.facts.replaceChildren(...facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
     this.stages.update(event);
+    this.ask.hidden = event.outcome !== "detections";
+    put(this.answer, "");
   }
 
   async run() {

@@ -96,6 +96,19 @@ export class Overlay {
     this.draw();
   }
 
+  /** Another picture of the frame that is shown, such as one that its edge coded again. */
+  async replace(blob) {
+    const image = new Image();
+    image.src = URL.createObjectURL(blob);
+    try {
+      await image.decode();
+      this.image.replaceWith(image);
+      this.image = image;
+    } finally {
+      URL.revokeObjectURL(image.src);
+    }
+  }
+
   /** The objects that are drawn. */
   shown() {
     if (!this.event) return [];

@@ -580,3 +580,77 @@ class DetectResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DetectResponse: _TypeAlias = DetectResponse  # noqa: Y015
+
+@_typing.final
+class ReviewRequest(_message.Message):
+    """Which frame, and how well."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAME_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    RETURN_BITSTREAM_FIELD_NUMBER: _builtins.int
+    quality: _builtins.float
+    """0: as the task models saw it. In [1, 8]: again from its edge, at this quality."""
+    return_bitstream: _builtins.bool
+    """Return the coded picture, too."""
+    @_builtins.property
+    def frame(self) -> _common_pb2.FrameName:
+        """As in its event."""
+
+    def __init__(
+        self,
+        *,
+        frame: _common_pb2.FrameName | None = ...,
+        quality: _builtins.float = ...,
+        return_bitstream: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "quality", b"quality", "return_bitstream", b"return_bitstream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewRequest: _TypeAlias = ReviewRequest  # noqa: Y015
+
+@_typing.final
+class ReviewResponse(_message.Message):
+    """The picture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_PNG_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    BITSTREAM_FIELD_NUMBER: _builtins.int
+    image_png: _builtins.bytes
+    """As PNG."""
+    width: _builtins.int
+    """Pixels."""
+    height: _builtins.int
+    """Pixels."""
+    model_id: _builtins.str
+    """Hex SHA-256 of the weights bundle it was coded with."""
+    quality: _builtins.float
+    """Quality it was coded at, in [1, 8]."""
+    bitstream: _builtins.bytes
+    """The file form (.slc), where asked for."""
+    def __init__(
+        self,
+        *,
+        image_png: _builtins.bytes = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        model_id: _builtins.str = ...,
+        quality: _builtins.float = ...,
+        bitstream: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitstream", b"bitstream", "height", b"height", "image_png", b"image_png", "model_id", b"model_id", "quality", b"quality", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewResponse: _TypeAlias = ReviewResponse  # noqa: Y015

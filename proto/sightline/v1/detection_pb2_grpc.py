@@ -45,6 +45,11 @@ class DetectionServiceStub:
                 request_serializer=sightline_dot_v1_dot_detection__pb2.DetectRequest.SerializeToString,
                 response_deserializer=sightline_dot_v1_dot_detection__pb2.DetectResponse.FromString,
                 _registered_method=True)
+        self.Review = channel.unary_unary(
+                '/sightline.v1.DetectionService/Review',
+                request_serializer=sightline_dot_v1_dot_detection__pb2.ReviewRequest.SerializeToString,
+                response_deserializer=sightline_dot_v1_dot_detection__pb2.ReviewResponse.FromString,
+                _registered_method=True)
 
 
 class DetectionServiceServicer:
@@ -72,6 +77,17 @@ class DetectionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Review(self, request, context):
+        """A frame of the log once more, for a person to look at: decoded from the bitstream that the cloud kept beside its
+        event, or, where the edge's operator allowed it, coded anew from the original at another quality. Errors:
+        NOT_FOUND            no such frame in the log, or its bitstream or its original is no longer kept
+        UNAVAILABLE          its edge is not connected here, or does not answer
+        RESOURCE_EXHAUSTED   no room now
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DetectionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +100,11 @@ def add_DetectionServiceServicer_to_server(servicer, server):
                     servicer.Detect,
                     request_deserializer=sightline_dot_v1_dot_detection__pb2.DetectRequest.FromString,
                     response_serializer=sightline_dot_v1_dot_detection__pb2.DetectResponse.SerializeToString,
+            ),
+            'Review': grpc.unary_unary_rpc_method_handler(
+                    servicer.Review,
+                    request_deserializer=sightline_dot_v1_dot_detection__pb2.ReviewRequest.FromString,
+                    response_serializer=sightline_dot_v1_dot_detection__pb2.ReviewResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -141,6 +162,33 @@ class DetectionService:
             '/sightline.v1.DetectionService/Detect',
             sightline_dot_v1_dot_detection__pb2.DetectRequest.SerializeToString,
             sightline_dot_v1_dot_detection__pb2.DetectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Review(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sightline.v1.DetectionService/Review',
+            sightline_dot_v1_dot_detection__pb2.ReviewRequest.SerializeToString,
+            sightline_dot_v1_dot_detection__pb2.ReviewResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,13 @@ class DetectionServiceStub:
       FAILED_PRECONDITION  a bitstream for a model this cloud does not have
       RESOURCE_EXHAUSTED   over a limit on pixels or bytes, or no room now
     """
+    Review: _grpc.UnaryUnaryMultiCallable[_detection_pb2.ReviewRequest, _detection_pb2.ReviewResponse]
+    """A frame of the log once more, for a person to look at: decoded from the bitstream that the cloud kept beside its
+    event, or, where the edge's operator allowed it, coded anew from the original at another quality. Errors:
+      NOT_FOUND            no such frame in the log, or its bitstream or its original is no longer kept
+      UNAVAILABLE          its edge is not connected here, or does not answer
+      RESOURCE_EXHAUSTED   no room now
+    """
 
 @_typing.type_check_only
 class DetectionServiceAsyncStub(DetectionServiceStub):
@@ -64,6 +71,13 @@ class DetectionServiceAsyncStub(DetectionServiceStub):
       INVALID_ARGUMENT     corrupt or truncated bitstream, unknown task
       FAILED_PRECONDITION  a bitstream for a model this cloud does not have
       RESOURCE_EXHAUSTED   over a limit on pixels or bytes, or no room now
+    """
+    Review: _aio.UnaryUnaryMultiCallable[_detection_pb2.ReviewRequest, _detection_pb2.ReviewResponse]  # type: ignore[assignment]
+    """A frame of the log once more, for a person to look at: decoded from the bitstream that the cloud kept beside its
+    event, or, where the edge's operator allowed it, coded anew from the original at another quality. Errors:
+      NOT_FOUND            no such frame in the log, or its bitstream or its original is no longer kept
+      UNAVAILABLE          its edge is not connected here, or does not answer
+      RESOURCE_EXHAUSTED   no room now
     """
 
 class DetectionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -92,6 +106,19 @@ class DetectionServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     corrupt or truncated bitstream, unknown task
           FAILED_PRECONDITION  a bitstream for a model this cloud does not have
           RESOURCE_EXHAUSTED   over a limit on pixels or bytes, or no room now
+        """
+
+    @_abc_1.abstractmethod
+    def Review(
+        self,
+        request: _detection_pb2.ReviewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_detection_pb2.ReviewResponse, _abc.Awaitable[_detection_pb2.ReviewResponse]]:
+        """A frame of the log once more, for a person to look at: decoded from the bitstream that the cloud kept beside its
+        event, or, where the edge's operator allowed it, coded anew from the original at another quality. Errors:
+          NOT_FOUND            no such frame in the log, or its bitstream or its original is no longer kept
+          UNAVAILABLE          its edge is not connected here, or does not answer
+          RESOURCE_EXHAUSTED   no room now
         """
 
 def add_DetectionServiceServicer_to_server(servicer: DetectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -154,6 +154,7 @@ class UploadRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     TOMBSTONE_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Once, first."""
@@ -174,6 +175,10 @@ class UploadRequest(_message.Message):
     def tombstone(self) -> Global___FrameTombstone:
         """A frame that was spooled and will never be sent. Costs one frame of credit and no bytes."""
 
+    @_builtins.property
+    def again(self) -> Global___FrameAgain:
+        """The answer to `again`. Costs no credit."""
+
     def __init__(
         self,
         *,
@@ -182,12 +187,13 @@ class UploadRequest(_message.Message):
         source: Global___SourceAnnouncement | None = ...,
         frame: Global___FrameUpload | None = ...,
         tombstone: Global___FrameTombstone | None = ...,
+        again: Global___FrameAgain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "hello", b"hello", "message", b"message", "model", b"model", "source", b"source", "tombstone", b"tombstone"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "frame", b"frame", "hello", b"hello", "message", b"message", "model", b"model", "source", b"source", "tombstone", b"tombstone"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "hello", b"hello", "message", b"message", "model", b"model", "source", b"source", "tombstone", b"tombstone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "frame", b"frame", "hello", b"hello", "message", b"message", "model", b"model", "source", b"source", "tombstone", b"tombstone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "model", "source", "frame", "tombstone"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "model", "source", "frame", "tombstone", "again"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -203,6 +209,7 @@ class UploadResponse(_message.Message):
     CREDIT_FIELD_NUMBER: _builtins.int
     ACKS_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """Once, first."""
@@ -219,6 +226,10 @@ class UploadResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """The cloud wants to end this stream."""
 
+    @_builtins.property
+    def again(self) -> Global___FrameAgainRequest:
+        """A frame at another quality, for a person to look at. Only to an edge that keeps originals."""
+
     def __init__(
         self,
         *,
@@ -226,12 +237,13 @@ class UploadResponse(_message.Message):
         credit: Global___CreditGrant | None = ...,
         acks: Global___Acks | None = ...,
         drain: Global___Drain | None = ...,
+        again: Global___FrameAgainRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "credit", b"credit", "drain", b"drain", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "again", b"again", "credit", b"credit", "drain", b"drain", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "credit", b"credit", "drain", b"drain", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "again", b"again", "credit", b"credit", "drain", b"drain", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "credit", "acks", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "credit", "acks", "drain", "again"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -248,6 +260,7 @@ class Hello(_message.Message):
     BOOT_ID_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
+    KEEPS_ORIGINALS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol: 1."""
     edge_id: _builtins.str
@@ -256,6 +269,8 @@ class Hello(_message.Message):
     """Random 64 bits drawn at each start of the edge: tells a second stream of the same edge from a second edge."""
     software_version: _builtins.str
     """Version of the edge's software, for people."""
+    keeps_originals: _builtins.bool
+    """It keeps originals for a while and answers `again`."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelAnnouncement]:
         """Models the edge encodes with, so that a mismatch is known before a frame is sent."""
@@ -268,10 +283,11 @@ class Hello(_message.Message):
         boot_id: _builtins.int = ...,
         models: _abc.Iterable[Global___ModelAnnouncement] | None = ...,
         software_version: _builtins.str = ...,
+        keeps_originals: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "edge_id", b"edge_id", "models", b"models", "protocol_version", b"protocol_version", "software_version", b"software_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "edge_id", b"edge_id", "keeps_originals", b"keeps_originals", "models", b"models", "protocol_version", b"protocol_version", "software_version", b"software_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -620,6 +636,78 @@ class Drain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class FrameAgainRequest(_message.Message):
+    """Asks for a frame that this edge has sent before, coded anew from its original."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CAMERA_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    QUALITY_STEPS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """Chosen by the cloud, given back in the answer."""
+    camera_id: _builtins.str
+    """As in FrameName."""
+    epoch: _builtins.int
+    """As in FrameName."""
+    seq: _builtins.int
+    """As in FrameName."""
+    quality_steps: _builtins.int
+    """Quality in steps of 1/256, [256, 2048]."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        camera_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        quality_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["camera_id", b"camera_id", "epoch", b"epoch", "quality_steps", b"quality_steps", "request_id", b"request_id", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrameAgainRequest: _TypeAlias = FrameAgainRequest  # noqa: Y015
+
+@_typing.final
+class FrameAgain(_message.Message):
+    """The frame, or why not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BITSTREAM_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    """The request's own."""
+    bitstream: _builtins.bytes
+    """The coded picture in its file form (.slc)."""
+    @_builtins.property
+    def error(self) -> _common_pb2.Error:
+        """NOT_FOUND: the original is not kept, or no longer."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        bitstream: _builtins.bytes = ...,
+        error: _common_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bitstream", b"bitstream", "error", b"error", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitstream", b"bitstream", "error", b"error", "request_id", b"request_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["bitstream", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___FrameAgain: _TypeAlias = FrameAgain  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

@@ -13,18 +13,18 @@ from tests.cloud.conftest import StartCloud
 from tests.cloud.harness import RunningCloud, spot_frame
 
 DRAWN = """(canvas) => {
-  const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+  copy.drawImage(canvas, 0, 0);
+  const pixels = copy.getImageData(0, 0, canvas.width, canvas.height).data;
   let count = 0;
   for (let i = 3; i < pixels.length; i += 4) count += pixels[i] > 0;
   return count / (canvas.width * canvas.height);
 }"""
-LOADED = "(image) => image.complete && image.naturalWidth"
 
 
 async def shown(page: Page) -> None:
-    """Waits for the first tile's picture and what is drawn over it."""
-    await expect(page.locator(".tile .view img[src]").first).to_be_visible()
-    await page.wait_for_function(f"({LOADED})(document.querySelector('.tile .view img'))")
+    """Waits for the first tile's picture, and so for what is drawn over it."""
+    await expect(page.locator(".tile .view img").first).to_have_js_property("naturalWidth", 64)
 
 
 async def test_a_frame_is_seen_live_with_its_box_and_mask(
@@ -36,17 +36,14 @@ async def test_a_frame_is_seen_live_with_its_box_and_mask(
     async with watched.edge() as edge:
         await edge.deliver("gate", 1, spot)
         await shown(page)
-        assert await page.locator(".tile .view img").evaluate(LOADED) == 64
-        assert 0.2 < await page.locator(".tile canvas").evaluate(DRAWN) < 0.6  # a quarter of the picture, and its label
+        drawn = await page.locator(".tile canvas").evaluate(DRAWN)
+        assert 0.12 < drawn < 0.4  # a quarter of a square picture that three quarters of the tile show
         await expect(page.locator(".tile .found")).to_have_text("kite")
         first = await page.locator(".tile .view img").get_attribute("src")
 
         await edge.deliver("gate", 2, codec.encode(spot_frame(0, 0, 12), 8))  # live, without a reload
-        await page.wait_for_function(
-            "(first) => document.querySelector('.tile .view img').getAttribute('src') !== first", arg=first
-        )
-        await shown(page)
-        assert await page.locator(".tile canvas").evaluate(DRAWN) < 0.2
+        await expect(page.locator(".tile .view img")).not_to_have_attribute("src", first or "")
+        assert await page.locator(".tile canvas").evaluate(DRAWN) < 0.1
 
 
 async def test_events_are_found_opened_and_replayed_by_keyboard(
@@ -69,7 +66,9 @@ async def test_events_are_found_opened_and_replayed_by_keyboard(
     await expect(page.get_by_role("heading", name="kite")).to_be_visible()
     await expect(page.locator(".watch .objects")).to_contain_text("kite")
     assert "event=1" in page.url
-    await page.get_by_role("button", name="Replay").press("Enter")
+    replay = page.get_by_role("button", name="Replay")
+    await expect(replay).to_be_enabled()
+    await replay.press("Enter")
     await page.wait_for_url("**event=3*")  # it came to the end by itself
     await expect(page.get_by_role("button", name="Replay")).to_be_visible()
     await page.reload()  # the address says it all
@@ -144,11 +143,9 @@ async def test_fifty_cameras_on_one_page_stay_responsive(start_cloud: StartCloud
         await find.fill("camera-4")
         await expect(page.locator(".tile")).to_have_count(10)
         await find.fill("")
-        await page.wait_for_function(  # the last round has reached the last tile in sight
-            "[...document.querySelectorAll('.tile')].at(-1).querySelector('.found').textContent === 'kite'"
-        )
+        await expect(page.locator(".tile .found").last).to_have_text("kite")
         longest_ms = await page.evaluate("window.longest")
-        assert longest_ms < 1000, "the page stood still"
+        assert longest_ms < 2000, "the page stood still"
 
 
 async def test_who_is_not_known_logs_in_and_out(
