@@ -21,7 +21,11 @@ def _host_name() -> str:
 
 
 def _data_home() -> Path:
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sightline" / "edge"
+    try:
+        share = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    except RuntimeError:  # a user whom the machine does not know, as in a container that is run by a number
+        share = Path("/var/lib")
+    return share / "sightline" / "edge"
 
 
 class EdgeSettings(ServerSettings):

@@ -71,6 +71,7 @@ RUNNING = f"{STARTED} - (sum by (grpc_method) ({here('grpc_server_handled_total'
 UPLINKS_DOWN = f"count({E}_uplink_connected == 0 and {E}_uplink_enabled == 1) or vector(0)"
 
 CALLS = [
+    Panel("Refused by identity or rate", {rate("sightline_rpc_refused_total", "reason"): "{{reason}}"}, "reqps"),
     Panel(
         "Calls ended",
         {rate("grpc_server_handled_total", "grpc_method, grpc_code"): "{{grpc_method}} {{grpc_code}}"},
@@ -155,6 +156,7 @@ EDGE = Dashboard(
             Panel("Bits per pixel", quantiles(f"{E}_bits_per_pixel")),
             Panel("Coded size", quantiles(f"{E}_frame_bytes"), "bytes"),
             Panel("Until on disk", quantiles(f"{E}_spool_seconds"), "s"),
+            Panel("Quality that the uplink's budget allows", {here(f"{E}_paced_quality"): ONE}),
         ],
         "Spool": [
             Panel("Frames", {here(f"{E}_spool_frames"): ONE}),
@@ -175,6 +177,7 @@ EDGE = Dashboard(
         "Uplink": [
             Panel("Connected", {here(f"{E}_uplink_connected"): ONE}, "bool"),
             Panel("Sent", {rate(f"{E}_uplink_sent_bytes_total", "instance") + " * 8": ONE}, "bps"),
+            Panel("Capacity", {here(f"{E}_uplink_capacity_bits_per_second"): ONE}, "bps"),
             Panel("Frames under way", {here(f"{E}_uplink_in_flight_frames"): ONE}),
             Panel("Frames sent", {rate(f"{E}_uplink_sent_frames_total", "instance"): ONE}, "ops"),
             Panel("Acknowledgements", {rate(f"{E}_uplink_acks_total", "kind, reason"): "{{kind}} {{reason}}"}, "ops"),

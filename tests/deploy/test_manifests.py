@@ -45,7 +45,7 @@ MANIFESTS = [
 ]
 COMPOSE = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
 SETTINGS = {"edge": EdgeSettings, "cloud": CloudSettings}
-READY_S = 150
+READY_S = 300
 
 
 def ran(*command: object) -> str:
