@@ -181,7 +181,9 @@ def status_line(camera_id: str, status: "Status") -> str:
         f"latency {status.latency_ms:.0f} ms" if status.latency_ms is not None else "latency -",
         told(status.counts),
     ]
-    return "  ".join(parts) + (f"  ({status.away}; trying again)" if status.away else "")
+    away = [status.away] if status.away else []
+    away += [f"edge: {status.edge_away}"] if status.edge_away else []
+    return "  ".join(parts) + (f"  ({'; '.join(away)}; trying again)" if away else "")
 
 
 def told(counts: "Counts") -> str:

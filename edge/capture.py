@@ -62,8 +62,9 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How it goes. Rates over the last 5 s; `latency_ms`: median from the picture's capture to its receipt; `away`: why
-    the source is not there now, empty if it is. `quality` is that of the last receipt, None before the first."""
+    """How it goes. Rates over the last 5 s; `latency_ms`: median from the picture's capture to its receipt; `away` and
+    `edge_away`: why the source or the edge is not there now, empty if it is. `quality` is that of the last receipt,
+    None before the first."""
 
     counts: Counts
     fps: float
@@ -72,6 +73,7 @@ class Status:
     waiting: int
     latency_ms: float | None
     away: str
+    edge_away: str = ""
 
 
 class Mailbox:
@@ -147,6 +149,7 @@ class Capture:
     ) -> None:
         self._plan = plan
         self._client = client
+        client.on_retry = self._retried
         self._on_receipt = on_receipt
         self._on_failure = on_failure
         self._stop = threading.Event()
@@ -158,6 +161,7 @@ class Capture:
         self._recent: deque[tuple[float, int, float]] = deque()  # end by time.monotonic, bytes, latency ms
         self._quality: float | None = None
         self._away = ""
+        self._edge_away = ""
         self._fatal: SightlineError | None = None
 
     def stop(self) -> None:
@@ -194,6 +198,7 @@ class Capture:
                 waiting=len(self._mailbox),
                 latency_ms=median(latency for _, _, latency in recent) if recent else None,
                 away=self._away,
+                edge_away=self._edge_away,
             )
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -262,8 +267,13 @@ class Capture:
         with self._lock:
             self._recent.append((time.monotonic(), receipt.coded_bytes, latency_ms))
             self._quality = receipt.quality
+            self._edge_away = ""
         self._count(sent=1, sent_bytes=receipt.coded_bytes)
         self._on_receipt(grab, receipt)
+
+    def _retried(self, error: SightlineError) -> None:
+        with self._lock:
+            self._edge_away = str(error)
 
     def _failed(self, error: SightlineError) -> None:
         if self._stop.is_set():

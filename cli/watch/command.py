@@ -97,6 +97,7 @@ def watch(
     """Show what is detected, and hand it on."""
     from cli.watch.actions import Exec, Webhook
     from cli.watch.export import Export, check_path
+    from shared import logs
     from shared.clients import CursorFile, DetectionClient, EventFilter, Outcome, Retry
 
     begin = read_start(start)
@@ -121,6 +122,7 @@ def watch(
         with ExitStack() as stack:
             shown = stack.enter_context(view(form, export is not None, told_score))
             written = stack.enter_context(Export(export)) if export else None
+            logs.configure("warning", "console")  # says why a subscription broke
             run.follow(shown, written)
         if file is not None:
             file.flush()  # the export is whole now

@@ -10,7 +10,7 @@ answer was lost is sent again and gets the first call's receipt. What may be tri
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, Self
@@ -34,7 +34,8 @@ class CameraClient:
     """Sends pictures to an edge, from any thread.
 
     `edge`: host:port, or a Connection. `camera_id`: 1 to 64 characters out of A-Z a-z 0-9 . _ : -. `options`: for calls
-    that give none. `call_s`: deadline of one attempt, seconds. Raises InvalidSettings.
+    that give none. `call_s`: deadline of one attempt, seconds. `on_retry` hears each error after which a picture is
+    sent again, from the thread that sends it. Raises InvalidSettings.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class CameraClient:
         self._call_s = call_s
         self._line = BlockingLine(connection)
         self._closed = threading.Event()
+        self.on_retry: Callable[[SightlineError], None] = lambda _error: None
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +115,9 @@ class CameraClient:
                 stub = edge_pb2_grpc.EdgeServiceStub(self._line.channel())
                 return messages.receipt(stub.Compress(request, timeout=self._call_s).receipt)
             except grpc.RpcError as error:
-                pause_s = attempts.failed(from_rpc_error(error))
+                failure = from_rpc_error(error)
+                pause_s = attempts.failed(failure)
+                self.on_retry(failure)
             except ValueError:  # how gRPC says that the channel was closed
                 if self._closed.is_set():
                     raise Unavailable("the client is closed") from None

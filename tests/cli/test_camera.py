@@ -75,6 +75,8 @@ def test_the_status_line_tells_rates_and_what_became_of_pictures() -> None:
     )
     away = status_line("door", Status(Counts(), 0.0, 0.0, None, 0, None, "rtsp://cam/ is lost: Connection refused"))
     assert away.endswith("0 sent  (rtsp://cam/ is lost: Connection refused; trying again)")
+    edge_away = status_line("door", Status(Counts(), 0.0, 0.0, None, 8, None, "", "no room now"))
+    assert edge_away.endswith("0 sent  (edge: no room now; trying again)")
 
 
 def test_a_failure_is_said_once_until_another_comes(capsys: pytest.CaptureFixture[str]) -> None:

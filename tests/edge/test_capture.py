@@ -140,6 +140,7 @@ def test_while_the_edge_is_away_memory_is_bounded_and_what_was_given_up_is_count
         status = capture.status()
         assert status.waiting == 3
         assert status.counts.dropped == 60 - 3 - 2
+        assert "refused" in status.edge_away
     counts = capture.status().counts
     assert counts.sent == 0
     assert counts.dropped == 60
