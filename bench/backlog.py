@@ -157,12 +157,13 @@ async def drain(address: str, names: set[Any], bar: Any) -> tuple[int, int]:
 
 async def run(folder: Path, *, hours: float, interval_s: float, cameras: int, plot: Path | None) -> dict[str, Any]:
     """The whole story in `folder`. Returns its figures."""
-    spawned = multiprocessing.get_context("spawn")
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["edge.server", "cloud.server"])
     address = free_address()
-    ours, theirs = spawned.Pipe()
+    ours, theirs = forked.Pipe()
     memory = Memory()
-    edge = spawned.Process(target=serve_edge, args=(theirs, folder, address), daemon=True)
-    cloud = spawned.Process(target=serve_cloud, args=(theirs, folder, address), daemon=True)
+    edge = forked.Process(target=serve_edge, args=(theirs, folder, address), daemon=True)
+    cloud = forked.Process(target=serve_cloud, args=(theirs, folder, address), daemon=True)
     edge.start()
     port = await asyncio.to_thread(ours.recv)
     pids = {"edge": edge.pid or 0}

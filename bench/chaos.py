@@ -5,8 +5,9 @@ or at a step on the way of a frame (`bench.chaos_steps`; the steps least often h
 that was receipted by then must be in the log once, as DETECTIONS, and before every consumer (`bench.chaos_house`). Only
 then is one line a kill appended to the ledger:
 
-    {"run": ..., "round": seed, "target": "edge-1", "kind": "edge", "how": "random" or a step, "frames": receipts since
-     the last kill, "lost": 0, "doubled": 0, "strangers": 0, "not_detections": 0, "missed": 0, "out_of_order": 0}
+    {"run": ..., "log": "sqlite", "round": seed, "target": "edge-1", "kind": "edge", "how": "random" or a step,
+     "frames": receipts since the last kill, "lost": 0, "doubled": 0, "strangers": 0, "not_detections": 0, "missed": 0,
+     "out_of_order": 0}
 
 A run that ends early is gone on with: the kills in the ledger count. What a round finds wrong stands on its last kill,
 ends the run with exit code 1, and leaves its folder.
@@ -31,11 +32,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.chaos_house import START_S, Found, House, Part
-from bench.chaos_steps import CLOUD_STEPS, EDGE_STEPS
+from bench.chaos_steps import CLOUD_STEPS, COMMIT_STEP, EDGE_STEPS
 
 KINDS = ("edge", "cloud", "camera", "consumer")
-STEPS = {"edge": EDGE_STEPS, "cloud": CLOUD_STEPS}
 KILLS_A_ROUND = 3
+SHAPE = ("edges", "cameras", "clouds", "brokers", "consumers", "pause_s")
 COLUMN_NAMES = {"not_detections": "other end", "out_of_order": "disorder"}
 WRONGS = ("lost", "doubled", "strangers", "not_detections", "missed", "out_of_order")
 
@@ -72,6 +73,8 @@ class Round:
     """Some kills and the check after them."""
 
     def __init__(self, house: House, ledger: Ledger, seed: int, run: str) -> None:
+        self._log = "jetstream" if house.of_kind("broker") else "sqlite"
+        self._steps = {"edge": EDGE_STEPS, "cloud": [step for step in CLOUD_STEPS if self._log_has(step)]}
         self._house = house
         self._ledger = ledger
         self._rng = random.Random(seed)  # noqa: S311
@@ -87,8 +90,8 @@ class Round:
             await asyncio.sleep(self._rng.uniform(0, 0.8))  # the random moment is the point
             part = self._rng.choice([part for part in house.of_kind(kind) if part.alive] or house.of_kind(kind))
             how = "random"
-            if kind in STEPS and self._rng.random() < 0.6:
-                how = self._ledger.rarest("how", STEPS[kind], self._rng)
+            if kind in self._steps and self._rng.random() < 0.6:
+                how = self._ledger.rarest("how", self._steps[kind], self._rng)
             await self._kill(part, how)
             receipts = len(house.books.receipts)
             self._kills.append(self._line(part, how, receipts - seen))
@@ -110,8 +113,18 @@ class Round:
             if not await self._house.until(lambda: True, START_S, also=[part.dead]):
                 raise RuntimeError(f"no frame came to the step {how!r} of {part.name} within {START_S:g} s")
 
+    def _log_has(self, step: str) -> bool:
+        return self._log == "sqlite" or step != COMMIT_STEP
+
     def _line(self, part: Part, how: str, frames: int) -> dict[str, Any]:
-        facts = {"run": self._run, "round": self._seed, "target": part.name, "kind": part.kind, "how": how}
+        facts = {
+            "run": self._run,
+            "log": self._log,
+            "round": self._seed,
+            "target": part.name,
+            "kind": part.kind,
+            "how": how,
+        }
         return facts | {"frames": frames} | dict.fromkeys(WRONGS, 0)
 
 
@@ -120,6 +133,7 @@ async def run(
 ) -> Found | None:
     """Rounds until the ledger has `kills` or the time is over. Returns what was wrong, None if nothing was."""
     house = House(folder, **shape)
+    parts = (*KINDS, "broker") if house.of_kind("broker") else KINDS
     ends = time.monotonic() + 60 * minutes
     bar = progress.add_task("starting", total=kills, completed=len(ledger.lines))
     try:
@@ -128,7 +142,7 @@ async def run(
             seed = ledger.next_round
             rng = random.Random(-seed)  # noqa: S311
             count = min(kills - len(ledger.lines), rng.randint(1, KILLS_A_ROUND))
-            kinds = [ledger.rarest("kind", KINDS, rng), *rng.choices(KINDS, k=count - 1)]
+            kinds = [ledger.rarest("kind", parts, rng), *rng.choices(parts, k=count - 1)]
             found = await Round(house, ledger, seed, folder.name).play(kinds)
             progress.update(bar, completed=len(ledger.lines), description=f"{len(house.books.receipts)} frames")
             if not found.nothing:
@@ -160,11 +174,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after this long; call again to go on")
     parser.add_argument("--edges", type=int, default=2)
     parser.add_argument("--cameras", type=int, default=2, help="of each edge")
+    parser.add_argument("--clouds", type=int, default=1, help="more than one need --brokers")
+    parser.add_argument("--brokers", type=int, default=0, help="nodes of NATS JetStream for the log; 0: SQLite")
     parser.add_argument("--consumers", type=int, default=2)
     parser.add_argument("--pause-s", type=float, default=0.5, help="between two frames of a camera, seconds")
     arguments = parser.parse_args()
     ledger = Ledger(arguments.ledger)
-    shape = {name: getattr(arguments, name) for name in ("edges", "cameras", "consumers", "pause_s")}
+    shape = {name: getattr(arguments, name) for name in SHAPE}
     found = None
     folder = Path(tempfile.mkdtemp(prefix="sightline-chaos-"))
     if len(ledger.lines) < arguments.kills:

@@ -79,6 +79,7 @@ class Part:
         """SIGKILL, now."""
         if self._process is not None:
             self._doomed = True
+            self.up.clear()
             self._process.kill()
 
     def arm(self, step: str) -> None:
@@ -133,15 +134,48 @@ class Part:
         try:
             async for line in reader:
                 facts = json.loads(line)
-                if facts.get("ready"):
-                    self.up.set()
-                else:
+                if not facts.get("ready"):
                     self._on_line(facts)
+                elif not self._doomed:
+                    self.up.set()
         finally:
             transport.close()
 
     def last_words(self) -> str:
         return self._log.read_text(errors="replace")[-4000:] if self._log.exists() else ""
+
+
+class BrokerNode:
+    """A NATS server as a part: the same to kill and to wait for, without steps and orders."""
+
+    kind = "broker"
+
+    def __init__(self, node: Any) -> None:
+        self.name = node.name
+        self.up = asyncio.Event()
+        self.dead = asyncio.Event()
+        self._node = node
+
+    @property
+    def alive(self) -> bool:
+        """There is a process to kill; it need not be ready."""
+        return self._node.process is not None and self._node.process.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL, now."""
+        if self.alive:
+            self.up.clear()
+            self._node.process.kill()
+
+    async def live(self) -> None:
+        """Starts it again and again. Raises RuntimeError."""
+        while True:
+            self.dead.clear()
+            await asyncio.to_thread(self._node.start)
+            self.up.set()
+            await asyncio.to_thread(self._node.process.wait)
+            self.up.clear()
+            self.dead.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +227,18 @@ class Books:
 class House:
     """All parts, running from `open` to `close`."""
 
-    def __init__(self, folder: Path, *, edges: int, cameras: int, consumers: int, pause_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        edges: int,
+        cameras: int,
+        consumers: int,
+        pause_s: float,
+        clouds: int = 1,
+        brokers: int = 0,
+    ) -> None:
+        """`cameras`: of each edge. `brokers`: nodes of a JetStream that all clouds share; 0: one cloud, SQLite."""
         self.books = Books()
         self._folder = folder
         self._rests = 0
@@ -202,14 +247,16 @@ class House:
         self._cursors: dict[str, tuple[str, int]] = {}
         self._tokens: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.cloud_addresses = [free_address()]
-        self.parts = [
+        self.cloud_addresses = [free_address() for _ in range(clouds)]
+        self._log_flags: dict[str, Any] = {}
+        self.parts: list[Part | BrokerNode] = [
+            *self._brokers(brokers),
             *(self._cloud(address, i + 1) for i, address in enumerate(self.cloud_addresses)),
             *(part for i in range(edges) for part in self._edge(i + 1, cameras, pause_s)),
             *(self._consumer(i + 1) for i in range(consumers)),
         ]
 
-    def of_kind(self, kind: str) -> list[Part]:
+    def of_kind(self, kind: str) -> list[Any]:
         return [part for part in self.parts if part.kind == kind]
 
     async def open(self) -> None:
@@ -222,7 +269,8 @@ class House:
         """Returns when every part is ready. Raises PartFailed, also if one does not become so."""
         if not await self.until(lambda: True, START_S, also=[part.up for part in self.parts]):
             down = next(part for part in self.parts if not part.up.is_set())
-            raise PartFailed(f"{down.name} was not ready within {START_S:g} s:\n{down.last_words()}")
+            words = down.last_words() if isinstance(down, Part) else ""
+            raise PartFailed(f"{down.name} was not ready within {START_S:g} s:\n{words}")
 
     def go(self) -> None:
         """Lets the cameras send."""
@@ -280,11 +328,21 @@ class House:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
+    def _brokers(self, count: int) -> list[BrokerNode]:
+        if not count:
+            return []
+        from bench.broker import Broker
+
+        broker = Broker(self._folder / "broker", nodes=count)
+        self._log_flags = {"log": "jetstream", "log_replicas": count, "nats_servers": broker.servers}
+        return [BrokerNode(node) for node in broker.nodes]
+
     def _cloud(self, address: str, number: int) -> Part:
         flags = {
             **self._service_flags(f"cloud-{number}", address),
             "cloud_id": f"cloud-{number}",
             "unpack_threads": 1,
+            **self._log_flags,
         }
         return Part("cloud", f"cloud-{number}", self._folder, service, lambda: ("cloud", flags), lambda _: None)
 

@@ -50,7 +50,7 @@ def service(out: Connection, orders: Connection, log: Path, kind: str, flags: di
         from cloud.server import serve as serve_cloud
         from cloud.settings import CloudSettings
 
-        mark_cloud(steps)
+        mark_cloud(steps, flags.get("log", "sqlite"))
         asyncio.run(serve_cloud(CloudSettings.load(**flags)))
 
 

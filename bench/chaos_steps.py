@@ -26,10 +26,11 @@ EDGE_STEPS = (
     "edge: ack before COMMIT",
     "edge: ack after COMMIT",
 )
+COMMIT_STEP = "cloud: record before COMMIT"  # of the SQLite log; another process commits for JetStream's
 CLOUD_STEPS = (
     "cloud: received",
     "cloud: seen",
-    "cloud: record before COMMIT",
+    COMMIT_STEP,
     "cloud: logged",
     "cloud: before ack",
     "cloud: acked",
@@ -117,16 +118,26 @@ def _mark_commits(steps: Steps) -> None:
     SpoolFile.transaction = marked  # type: ignore[method-assign]
 
 
-def mark_cloud(steps: Steps) -> None:
-    """Marks the cloud's steps, in this process."""
-    from cloud.detections.sqlite import SqliteLog
+def mark_cloud(steps: Steps, log: str) -> None:
+    """Marks the cloud's steps, in this process. `log`: the backend that it uses."""
     from cloud.pipeline import Pipeline
 
     steps.before(Pipeline, "process", "cloud: received")
-    steps.before(SqliteLog, "append", "cloud: seen")
-    steps.after(SqliteLog, "_insert", "cloud: record before COMMIT")
-    steps.after(SqliteLog, "append", "cloud: logged")
+    if log == "jetstream":
+        from cloud.detections.jetstream import JetStreamLog
+
+        _mark_appends(steps, JetStreamLog)
+    else:
+        from cloud.detections.sqlite import SqliteLog
+
+        _mark_appends(steps, SqliteLog)
+        steps.after(SqliteLog, "_insert", COMMIT_STEP)
     _mark_acks(steps)
+
+
+def _mark_appends(steps: Steps, log: type) -> None:
+    steps.before(log, "append", "cloud: seen")
+    steps.after(log, "append", "cloud: logged")
 
 
 def _mark_acks(steps: Steps) -> None:

@@ -120,12 +120,13 @@ async def measure(port: int, delivery: int, side: int, frames: int, cameras: int
 def run(frames: int, cameras: int, side: int) -> list[dict[str, Any]]:
     """One row a mode: p50 and p99 of each figure, and frames a second."""
     rows = []
-    spawned = multiprocessing.get_context("spawn")
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["edge.server"])
     with Progress(console=Console(stderr=True)) as progress:
         for mode in progress.track(MODES, description="modes"):
-            ours, theirs = spawned.Pipe()
+            ours, theirs = forked.Pipe()
             with tempfile.TemporaryDirectory(prefix="sightline-delivery-", dir="/var/tmp") as folder:
-                server = spawned.Process(
+                server = forked.Process(
                     target=serve_both, args=(theirs, Path(folder), mode == "spooled alone"), daemon=True
                 )
                 server.start()

@@ -115,6 +115,9 @@ class Session:
     async def half_close(self) -> None:
         """Tells the cloud that nothing more comes; its acknowledgements still do."""
         self.ask_to_drain()
+        if not self._greeted:
+            self._give_up()
+            return
         try:
             await self._call.done_writing()
         except Exception as error:  # grpc.aio raises one of its inner errors where the stream is breaking just then
