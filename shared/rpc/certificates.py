@@ -15,12 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import InvalidInput, InvalidSettings
 
+# All that `cryptography` raises on bytes that are no certificate or key, or one of a kind that it does not know.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 _CLOCK_SKEW = datetime.timedelta(minutes=5)
 
 
@@ -100,7 +111,7 @@ def inspect(pem: bytes, what: str) -> Certificate:
                 serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             ),
         )
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except _UNREADABLE as error:
         raise InvalidSettings(f"{what} must hold a PEM certificate, got {len(pem)} bytes: {error}") from None
 
 
@@ -108,7 +119,7 @@ def require_pair(certificate: Certificate, key_pem: bytes, what: str) -> None:
     """Raises InvalidSettings that names `what` unless the key is the certificate's own and is not encrypted."""
     try:
         key = serialization.load_pem_private_key(key_pem, None)
-    except (ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise InvalidSettings(f"{what} must hold an unencrypted PEM private key, got: {error}") from None
     public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if public != certificate.public_key:

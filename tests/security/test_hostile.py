@@ -30,7 +30,7 @@ def test_hostile_bytes_end_in_a_typed_error_or_do_no_harm(codec: Codec, tmp_path
         assert any(end[0].isupper() for end in ends), f"{name}: no input was refused"
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), st.lists))
 def test_any_value_of_a_setting_is_taken_or_named(value: object) -> None:
     for name in ("listen", "quality", "models", "spool_max_bytes", "spool_policy", "tls_key"):

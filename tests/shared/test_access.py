@@ -1,6 +1,7 @@
 """Who may do what, with real TLS: identities from certificates and tokens, the policy, and files that change."""
 
 import asyncio
+import base64
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -259,6 +260,16 @@ async def test_a_key_of_another_certificate_is_refused_at_start(authority: Autho
             pass
 
 
+def test_a_certificate_of_a_kind_that_nobody_knows_is_a_typed_error(authority: Authority) -> None:
+    good = base64.b64decode("".join(authority.pair.certificate.decode().splitlines()[1:-1]))
+    curve = bytes.fromhex("06082a8648ce3d030107")  # the object identifier of P-256
+    assert curve in good
+    unknown = good.replace(curve, curve[:-1] + b"\x7f")
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(unknown) + b"-----END CERTIFICATE-----\n"
+    with pytest.raises(InvalidSettings, match="must hold a PEM certificate"):
+        certificates.inspect(pem, "setting tls_certificate")
+
+
 def test_files_are_read_again_only_when_they_changed_and_a_link_may_be_switched(tmp_path: Path) -> None:
     reads: list[bytes] = []
 
@@ -308,7 +319,7 @@ class TestPolicy:
         assert not policy.rights(("B",)).any
         assert not policy.rights(("a",)).allow("subscribe")
 
-    @settings(max_examples=50)
+    @settings(max_examples=50, deadline=None)
     @given(st.text(max_size=200))
     def test_any_text_is_a_policy_or_a_typed_error(self, text: str) -> None:
         try:

@@ -60,7 +60,7 @@ def test_callers_that_come_and_go_are_forgotten_but_not_their_running_calls() ->
             pass
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 3), max_size=60), st.floats(0.5, 50))
 def test_no_pattern_of_asking_gets_more_than_rate_and_burst(pauses: list[float], rate: float) -> None:
     clock = Clock()
