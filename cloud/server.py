@@ -20,7 +20,7 @@ from sightline.v1 import admin_pb2_grpc, detection_pb2_grpc, ingest_pb2_grpc, qu
 
 from cloud.admin import BundleAdmin, CloudAdmin
 from cloud.detections.log import DetectionLog
-from cloud.detections.sqlite import SqliteLog
+from cloud.detections.opening import open_log
 from cloud.inference import Inference, Inferred
 from cloud.ingest import IngestService
 from cloud.kept import KeptFrames
@@ -88,9 +88,7 @@ async def _run(
     folder = settings.data_dir.expanduser()
     tracer = tracing.start(settings, "sightline-cloud", settings.cloud_id)
     until_there = server.readiness.until_there
-    log = await unless_stopped(
-        stop, until_there("log", lambda: SqliteLog.open(folder / "detections.sqlite", settings.retention))
-    )
+    log = await unless_stopped(stop, until_there("log", lambda: open_log(settings)))
     if log is None:
         return
     try:

@@ -121,6 +121,39 @@ class CloudSettings(ServerSettings):
     )
 
     # -- what is kept
+    log: Literal["sqlite", "jetstream"] = Field(
+        default="sqlite",
+        description="where events are kept: sqlite, a file in data_dir, for one cloud process; jetstream, in NATS, "
+        "for several that share one log",
+    )
+    log_name: str = Field(
+        default="sightline", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="name of the log in NATS (jetstream)"
+    )
+    log_replicas: int = Field(
+        default=3,
+        ge=1,
+        le=5,
+        description="copies of every event in the NATS cluster (jetstream); 1 loses events with its server",
+    )
+    nats_servers: str = Field(
+        default="nats://127.0.0.1:4222",
+        description="nats:// or tls:// addresses of the NATS servers, with user:password@ where needed, separated by "
+        "commas (jetstream)",
+    )
+    nats_monitoring: str = Field(
+        default="",
+        description="http:// addresses of the NATS servers' monitoring pages, separated by commas: the start is "
+        "refused unless they say that every write is synced (sync_interval: always); empty: not checked",
+    )
+    nats_ca: Path | None = Field(
+        default=None, description="PEM file: authority of the NATS servers' certificates (TLS)"
+    )
+    nats_certificate: Path | None = Field(default=None, description="PEM file: this cloud's certificate (mTLS to NATS)")
+    nats_key: Path | None = Field(default=None, description="PEM file: private key of nats_certificate")
+    nats_insecure: bool = Field(
+        default=False,
+        description="allow plaintext to NATS servers that are not on loopback; anyone on the network can read it",
+    )
     log_max_age_s: float = Field(default=7 * _DAY_S, gt=0, description="events are kept this long, seconds")
     log_max_bytes: ByteSize = Field(default=ByteSize(8 << 30), ge=_MIB, description="events are kept up to this, bytes")
     key_age_s: float = Field(
@@ -192,6 +225,16 @@ class CloudSettings(ServerSettings):
     def all_task_names(self) -> list[str]:
         """`tasks`, then what `extra_tasks` adds."""
         return list(dict.fromkeys([*self.task_names, *_listed(self.extra_tasks)]))
+
+    @property
+    def nats_server_list(self) -> list[str]:
+        """`nats_servers` as a list."""
+        return _listed(self.nats_servers)
+
+    @property
+    def nats_monitoring_list(self) -> list[str]:
+        """`nats_monitoring` as a list, without a slash at the end."""
+        return [address.rstrip("/") for address in _listed(self.nats_monitoring)]
 
     @property
     def batch_limits(self) -> BatchLimits:

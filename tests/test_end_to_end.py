@@ -24,10 +24,11 @@ ANSWER_S = 90
 
 
 class Process:
-    """`sightline NAME`, restartable on the same port and data."""
+    """`sightline SERVICE`, restartable on the same port and data; `name` tells several of one service apart."""
 
-    def __init__(self, name: str, folder: Path, *flags: str) -> None:
+    def __init__(self, name: str, folder: Path, *flags: str, service: str = "") -> None:
         self.name = name
+        self.service = service or name
         self.folder = folder
         self.flags = flags
         with socket.socket() as free:
@@ -38,7 +39,7 @@ class Process:
     def start(self) -> None:
         ready = self.folder / f"{self.name}.ready"
         ready.unlink(missing_ok=True)
-        command = [SIGHTLINE, self.name, "--listen", self.address, "--metrics-listen", "127.0.0.1:0"]
+        command = [SIGHTLINE, self.service, "--listen", self.address, "--metrics-listen", "127.0.0.1:0"]
         command += ["--data-dir", self.folder / self.name, "--ready-file", ready, "--threads", "1", *self.flags]
         with (self.folder / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(

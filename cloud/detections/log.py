@@ -51,7 +51,11 @@ class Appended:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One readable record. `logged_ns`: Unix time, never decreasing. `event`: a serialised DetectionEvent."""
+    """One readable record. `event`: a serialised DetectionEvent.
+
+    `logged_ns`: Unix time, never decreasing; where several brokers keep the log, but for what their clocks differ by
+    when another of them takes over.
+    """
 
     sequence: int
     logged_ns: int

@@ -19,7 +19,6 @@ order, which holds for one writer only. The lock dies with the process.
 """
 
 import asyncio
-import bisect
 import fcntl
 import os
 import queue
@@ -27,7 +26,6 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud.detections.log import Appended, FrameName, Record, Retention, Span
+from cloud.detections.tail import Tail
 from shared.errors import CursorExpired, Unavailable
 
 SCHEMA_VERSION = 1
@@ -63,8 +62,6 @@ SELECT removed_through, r.* FROM log LEFT JOIN (
 _MAX_BATCH = 1024  # appends in one transaction
 _PRUNE_ROWS = 1024  # rows retention looks at in one transaction, so that no append waits long for it
 _IDLE_PRUNE_S = 60.0  # retention by age goes on when nothing is appended
-_TAIL_RECORDS = 4096  # the newest records, kept in memory: consumers that follow cause no reads
-_TAIL_BYTES = 16 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -103,8 +100,7 @@ class SqliteLog:
             raise
         newest = self._db.execute("SELECT max(sequence) FROM events").fetchone()[0]
         self._newest: int = newest if newest is not None else self._removed_through
-        self._tail: deque[Record] = deque()
-        self._tail_bytes = 0
+        self._tail = Tail()
         self._news = asyncio.Event()
         self._queue: queue.SimpleQueue[_Append | None] = queue.SimpleQueue()
         self._closed = False
@@ -149,9 +145,9 @@ class SqliteLog:
         self._check_kept(after, self._removed_through)
         if after >= self._newest:
             return []
-        if self._tail and after >= self._tail[0].sequence - 1:
-            start = bisect.bisect_right(self._tail, after, key=lambda record: record.sequence)
-            return [self._tail[i] for i in range(start, min(start + limit, len(self._tail)))]
+        held = self._tail.read(after, limit)
+        if held is not None:
+            return held
         rows = await self._record_reader.rows(_SELECT_RECORDS, (after, limit))
         self._check_kept(after, rows[0][0])
         return [
@@ -300,12 +296,9 @@ class SqliteLog:
     # Back in the event loop.
 
     def _publish(self, batch: list[_Append], committed: _Committed) -> None:
-        for record in committed.records:
-            self._tail.append(record)
-            self._tail_bytes += len(record.event)
-            self._newest = record.sequence
-        while self._tail and (len(self._tail) > _TAIL_RECORDS or self._tail_bytes > _TAIL_BYTES):
-            self._tail_bytes -= len(self._tail.popleft().event)
+        if committed.records:
+            self._tail.extend(committed.records)
+            self._newest = committed.records[-1].sequence
         self._removed_through = committed.removed_through
         for request, result in zip(batch, committed.results, strict=True):
             if not request.done.done():

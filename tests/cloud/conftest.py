@@ -1,7 +1,7 @@
 """Fixtures of the cloud's tests: a running cloud, and coded pictures made once."""
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.broker import Broker
 from cloud.tasks.bundled import BundledRCNN
 from cloud.tasks.checkpoints import state_hash
 from shared.codec.bundle import save_bundle
@@ -71,3 +72,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, codec: Codec) -> dict[str, 
     manifest = {"architecture": "faster-rcnn-mobilenetv2-fpn", "model_id": state_hash(network)}
     (folder / "task" / "manifest.json").write_text(json.dumps(manifest))
     return {"models": str(folder / "codec"), "tasks": str(folder / "task")}
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One NATS server that tests share, each with a log of its own name."""
+    with Broker(tmp_path_factory.mktemp("nats")) as broker:
+        yield broker

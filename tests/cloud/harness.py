@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cloud.admin import BundleAdmin
 from cloud.console.server import Console, system_facts
-from cloud.detections.sqlite import SqliteLog
+from cloud.detections.opening import open_log
 from cloud.inference import Inference
 from cloud.ingest import IngestService
 from cloud.kept import KeptFrames
@@ -125,7 +125,7 @@ class RunningCloud:
         settings, metrics = self.settings, CloudMetrics(self.registry)
         self.tracer = tracing.start(settings, "sightline-cloud", settings.cloud_id)
         draining = asyncio.Event()
-        self.log = await SqliteLog.open(settings.data_dir / "detections.sqlite", settings.retention)
+        self.log = await open_log(settings)
         self.quarantine = Quarantine(
             settings.data_dir / "quarantine.sqlite",
             max_frames=settings.quarantine_max_frames,

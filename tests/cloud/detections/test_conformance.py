@@ -1,33 +1,13 @@
-"""What every backend of the detection log must do; a new backend is added to `opener` and nothing else here."""
+"""What every backend of the detection log must do, said once for all of them (`opener` in conftest.py)."""
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
 from cloud.detections.log import DetectionLog, FrameName, Retention
-from cloud.detections.sqlite import SqliteLog
 from shared.errors import CursorExpired
-
-Opener = Callable[..., Awaitable[DetectionLog]]
-KEEP_ALL = Retention(max_age_s=3600, max_bytes=1 << 30, key_age_s=7200)
-
-
-@pytest.fixture(params=["sqlite"])
-async def opener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opener]:
-    """Opens the log kept in one place; called again after close it opens the same log, with `name` another."""
-    opened: list[DetectionLog] = []
-
-    async def open_log(retention: Retention = KEEP_ALL, name: str = "log") -> DetectionLog:
-        log = await SqliteLog.open(tmp_path / f"{name}.sqlite", retention)
-        opened.append(log)
-        return log
-
-    yield open_log
-    for log in opened:
-        await log.close()
+from tests.cloud.detections.conftest import Opener
 
 
 def name(seq: int, camera: str = "gate", epoch: int = 7) -> FrameName:

@@ -1,17 +1,16 @@
-"""A subscription's promises, over a real SQLite log and a consumer that takes what it is given at its own pace."""
+"""A subscription's promises, over both kinds of log and a consumer that takes what it is given at its own pace."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from sightline.v1 import common_pb2, detection_pb2
 
-from cloud.detections.log import FrameName, Retention
-from cloud.detections.sqlite import SqliteLog
+from cloud.detections.log import DetectionLog, FrameName, Retention
 from cloud.detections.subscribe import EventFilter, Limits, Subscription, start_position
 from shared.errors import CursorExpired, CursorMismatch, InvalidInput, Overloaded, Unavailable
+from tests.cloud.detections.conftest import Opener
 
 LIMITS = Limits(buffer_events=16, buffer_bytes=1 << 20, progress_interval_s=0.05)
 EVERYTHING = EventFilter.from_proto(detection_pb2.EventFilter())
@@ -19,10 +18,8 @@ PERSON, CAT = 1, 17
 
 
 @pytest.fixture
-async def log(tmp_path: Path) -> AsyncIterator[SqliteLog]:
-    log = await SqliteLog.open(tmp_path / "log.sqlite", Retention(3600, 100_000, 7200))
-    yield log
-    await log.close()
+async def log(opener: Opener) -> DetectionLog:
+    return await opener(Retention(3600, 100_000, 7200))
 
 
 def detections(*found: tuple[int, float]) -> bytes:
@@ -32,7 +29,7 @@ def detections(*found: tuple[int, float]) -> bytes:
     return detection_pb2.DetectionEvent(outcome=common_pb2.OUTCOME_DETECTIONS, results=[result]).SerializeToString()
 
 
-async def append(log: SqliteLog, *seqs: int, camera: str = "gate", event: bytes = detections((PERSON, 0.9))) -> None:
+async def append(log: DetectionLog, *seqs: int, camera: str = "gate", event: bytes = detections((PERSON, 0.9))) -> None:
     for seq in seqs:
         await log.append(FrameName(camera, 1, seq), event)
 
@@ -40,7 +37,7 @@ async def append(log: SqliteLog, *seqs: int, camera: str = "gate", event: bytes 
 class Consumer:
     """Takes messages until it is told to stop reading (`block`), as a full connection would make it."""
 
-    def __init__(self, log: SqliteLog, after: int = 0, shown: EventFilter = EVERYTHING, limits: Limits = LIMITS):
+    def __init__(self, log: DetectionLog, after: int = 0, shown: EventFilter = EVERYTHING, limits: Limits = LIMITS):
         self.messages: list[detection_pb2.SubscribeResponse] = []
         self.reads = asyncio.Event()
         self.reads.set()
@@ -82,7 +79,7 @@ def filtering(**conditions: object) -> EventFilter:
     return EventFilter.from_proto(detection_pb2.EventFilter(**conditions))  # type: ignore[arg-type]
 
 
-async def test_replay_goes_over_into_following_without_gap_or_repetition(log: SqliteLog) -> None:
+async def test_replay_goes_over_into_following_without_gap_or_repetition(log: DetectionLog) -> None:
     await append(log, *range(100))
     consumer = Consumer(log)
     await asyncio.gather(append(log, *range(100, 200)), consumer.until(200))
@@ -90,7 +87,7 @@ async def test_replay_goes_over_into_following_without_gap_or_repetition(log: Sq
     await consumer.leave()
 
 
-async def test_a_consumer_that_left_and_resumes_from_its_cursor_misses_nothing(log: SqliteLog) -> None:
+async def test_a_consumer_that_left_and_resumes_from_its_cursor_misses_nothing(log: DetectionLog) -> None:
     await append(log, *range(50))
     first = Consumer(log)
     await first.until(30)
@@ -103,7 +100,7 @@ async def test_a_consumer_that_left_and_resumes_from_its_cursor_misses_nothing(l
     await second.leave()
 
 
-async def test_the_end_of_the_log_is_told_once_it_is_reached(log: SqliteLog) -> None:
+async def test_the_end_of_the_log_is_told_once_it_is_reached(log: DetectionLog) -> None:
     await append(log, *range(5))
     consumer = Consumer(log)
     await consumer.until_message(lambda message: message.HasField("progress"))
@@ -112,7 +109,9 @@ async def test_the_end_of_the_log_is_told_once_it_is_reached(log: SqliteLog) -> 
     await consumer.leave()
 
 
-async def test_a_consumer_that_followed_and_stops_reading_is_cut_off_and_resumes_without_loss(log: SqliteLog) -> None:
+async def test_a_consumer_that_followed_and_stops_reading_is_cut_off_and_resumes_without_loss(
+    log: DetectionLog,
+) -> None:
     consumer = Consumer(log)
     await append(log, 0)
     await consumer.until(1)
@@ -127,7 +126,7 @@ async def test_a_consumer_that_followed_and_stops_reading_is_cut_off_and_resumes
     await resumed.leave()
 
 
-async def test_a_consumer_that_replays_slowly_is_waited_for(log: SqliteLog) -> None:
+async def test_a_consumer_that_replays_slowly_is_waited_for(log: DetectionLog) -> None:
     await append(log, *range(200))
     consumer = Consumer(log)
     consumer.reads.clear()
@@ -140,7 +139,7 @@ async def test_a_consumer_that_replays_slowly_is_waited_for(log: SqliteLog) -> N
     await consumer.leave()
 
 
-async def test_the_buffer_is_bounded_in_bytes_too(log: SqliteLog) -> None:
+async def test_the_buffer_is_bounded_in_bytes_too(log: DetectionLog) -> None:
     consumer = Consumer(log, limits=Limits(buffer_events=10_000, buffer_bytes=5_000, progress_interval_s=1))
     await append(log, 0)
     await consumer.until(1)
@@ -152,7 +151,7 @@ async def test_the_buffer_is_bounded_in_bytes_too(log: SqliteLog) -> None:
     assert len(big) * 19 > 5_000
 
 
-async def test_one_event_larger_than_the_buffer_still_passes(log: SqliteLog) -> None:
+async def test_one_event_larger_than_the_buffer_still_passes(log: DetectionLog) -> None:
     consumer = Consumer(log, limits=Limits(buffer_events=4, buffer_bytes=10, progress_interval_s=1))
     await append(log, 0, 1, event=detections(*[(PERSON, 0.5)] * 100))
     await consumer.until(1)
@@ -160,7 +159,7 @@ async def test_one_event_larger_than_the_buffer_still_passes(log: SqliteLog) -> 
     await consumer.leave()
 
 
-async def test_one_slow_consumer_does_not_hold_up_another(log: SqliteLog) -> None:
+async def test_one_slow_consumer_does_not_hold_up_another(log: DetectionLog) -> None:
     slow, quick = Consumer(log), Consumer(log)
     slow.reads.clear()
     await append(log, *range(100))
@@ -170,7 +169,7 @@ async def test_one_slow_consumer_does_not_hold_up_another(log: SqliteLog) -> Non
     await quick.leave()
 
 
-async def test_a_stop_gives_the_consumer_all_there_is_and_then_ends(log: SqliteLog) -> None:
+async def test_a_stop_gives_the_consumer_all_there_is_and_then_ends(log: DetectionLog) -> None:
     await append(log, *range(100))
     consumer = Consumer(log)
     consumer.reads.clear()
@@ -186,7 +185,7 @@ async def test_a_stop_gives_the_consumer_all_there_is_and_then_ends(log: SqliteL
     assert consumer.subscription.lag == 0
 
 
-async def test_filters_show_only_what_matches(log: SqliteLog) -> None:
+async def test_filters_show_only_what_matches(log: DetectionLog) -> None:
     rejected = detection_pb2.DetectionEvent(outcome=common_pb2.OUTCOME_REJECTED).SerializeToString()
     await append(log, 0, camera="a", event=detections((PERSON, 0.9), (CAT, 0.3)))
     await append(log, 1, camera="b", event=detections((PERSON, 0.4)))
@@ -208,7 +207,7 @@ async def test_filters_show_only_what_matches(log: SqliteLog) -> None:
         await consumer.leave()
 
 
-async def test_progress_tells_the_cursor_when_a_filter_hides_everything(log: SqliteLog) -> None:
+async def test_progress_tells_the_cursor_when_a_filter_hides_everything(log: DetectionLog) -> None:
     consumer = Consumer(log, shown=filtering(camera_ids=["none"]))
     await append(log, *range(10))
     await consumer.until(10)
@@ -219,7 +218,7 @@ async def test_progress_tells_the_cursor_when_a_filter_hides_everything(log: Sql
     await consumer.leave()
 
 
-async def test_a_start_is_turned_into_a_place_or_refused(log: SqliteLog) -> None:
+async def test_a_start_is_turned_into_a_place_or_refused(log: DetectionLog) -> None:
     await append(log, *range(5))
     records = await log.read(0, 10)
     request = detection_pb2.SubscribeRequest
@@ -239,7 +238,7 @@ async def test_a_start_is_turned_into_a_place_or_refused(log: SqliteLog) -> None
         await start_position(log, request(start_time=Timestamp(seconds=1 << 60)))
 
 
-async def test_a_cursor_older_than_what_is_kept_is_refused_naming_the_oldest(log: SqliteLog) -> None:
+async def test_a_cursor_older_than_what_is_kept_is_refused_naming_the_oldest(log: DetectionLog) -> None:
     await append(log, *range(30), event=bytes(10_000))
     oldest = (await log.span()).oldest
     assert oldest > 2
