@@ -76,9 +76,13 @@ export class CameraView {
       return;
     }
     this.tick();
+    if (!this.overlay.event) this.tell(camera.shown); // its picture is on its way
     await this.overlay.show(camera.shown);
-    const event = this.overlay.event;
-    if (!event) return;
+    if (this.overlay.event) this.tell(this.overlay.event);
+  }
+
+  /** Everything beside the picture. */
+  tell(event) {
     const fine = event.outcome === "detections";
     put(this.found, fine ? objects(event.objects, 6) : `${OUTCOMES[event.outcome]}: ${event.reason}`);
     this.controls.update(event);

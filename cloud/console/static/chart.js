@@ -13,6 +13,7 @@ function path(values, width, height, most) {
       return;
     }
     d += `${pen ? "L" : "M"}${(i * step).toFixed(1)} ${(height - (height * value) / most).toFixed(1)}`;
+    if (!pen) d += "h.01"; // a value without neighbours is a dot
     pen = true;
   });
   return d;
@@ -102,9 +103,12 @@ export class Chart {
   }
 
   #read() {
-    const i = this.values.length - 1 - (this.at ?? 0);
+    const last = this.values.length - 1;
+    // Not pointed at, the last value that there is.
+    const latest = this.values.findLastIndex((value) => value !== null);
+    const i = this.at === null ? (latest < 0 ? last : latest) : last - this.at;
     const value = this.values[i] ?? null;
-    const when = this.at ? `${this.at * live.bucket_s} s ago` : "now";
+    const when = i === last ? "now" : `${(last - i) * live.bucket_s} s ago`;
     put(this.value, this.say(value));
     put(this.when, when);
     this.cross.toggleAttribute("hidden", this.at === null);

@@ -109,7 +109,7 @@ export const live = new (class extends EventTarget {
   }
 
   /** The mean of a column over the last whole buckets, null where nothing came. */
-  recent(camera, column, empty, buckets = 3) {
+  recent(camera, column, empty, buckets = 8) {
     const values = this.series(camera, column, empty).slice(-buckets).filter((value) => value !== null);
     return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
   }

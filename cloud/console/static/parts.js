@@ -22,7 +22,7 @@ export class Controls {
       redraw();
     } }), label);
     this.masks = toggle("masks", "Masks");
-    this.task = h("select", { "aria-label": "Task", onchange: (event) => {
+    this.task = h("select", { hidden: true, "aria-label": "Task", onchange: (event) => {
       overlay.options.task = event.target.value === "all" ? "all" : Number(event.target.value);
       redraw();
     } });

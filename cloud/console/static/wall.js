@@ -35,9 +35,7 @@ class Tile {
   update(camera) {
     this.camera = camera;
     const { latest } = camera;
-    const fine = latest.outcome === "detections";
-    put(this.found, fine ? objects(latest.objects) : `${OUTCOMES[latest.outcome]}: ${latest.reason}`);
-    this.found.classList.toggle("bad", !fine);
+    if (!this.overlay.event) this.tell(latest);
     put(this.rate, kbits(live.recent(camera, KBITS, 0)));
     put(this.bpp, `${number(bpp(latest), 3)} bpp`);
     put(this.latency, duration(latest.latency));
@@ -52,8 +50,21 @@ class Tile {
     this.link.classList.toggle("silent", age > SILENT_MS);
   }
 
-  look() {
-    if (this.visible && this.camera) this.overlay.show(this.camera.shown);
+  async look() {
+    if (!this.camera) return;
+    if (!this.visible) {
+      this.tell(this.camera.latest);
+      return;
+    }
+    await this.overlay.show(this.camera.shown);
+    if (this.overlay.event) this.tell(this.overlay.event);
+  }
+
+  /** What was found, in words: of the picture that stands there, where one does. */
+  tell(event) {
+    const fine = event.outcome === "detections";
+    put(this.found, fine ? objects(event.objects) : `${OUTCOMES[event.outcome]}: ${event.reason}`);
+    this.found.classList.toggle("bad", !fine);
   }
 }
 
