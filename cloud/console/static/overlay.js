@@ -1,6 +1,6 @@
 // A picture with what was found drawn over it: the two change together, so that no box is ever shown on another frame.
 
-const COLOURS = ["#ff7a3d", "#3fb6ff", "#ffd23f", "#5fd38d", "#e07bff", "#ff6f91", "#9ad0c2", "#c3b1ff"];
+const COLOURS = ["#ff7a3d", "#3fb6ff", "#ffd23f", "#5fd38d", "#e07bff", "#ff6f91", "#9ad0c2"];
 
 export function colour(category) {
   return COLOURS[(category - 1 + COLOURS.length) % COLOURS.length];
