@@ -146,7 +146,7 @@ async def test_what_cannot_be_asked_is_said(watched: RunningCloud) -> None:
         ("/api/events?category=cat", 400, "category must be a whole number, got 'cat'"),
         ("/api/events?outcome=lost", 400, "outcome must be one of"),
         ("/api/events/5", 404, "there is no event 5 here"),
-        ("/pictures/gate/xyz/1", 400, "expected /pictures/CAMERA/EPOCH/SEQ"),
+        ("/pictures/gate/xyz/1", 400, "expected CAMERA/EPOCH/SEQ of an event"),
         ("/static/../app.py", 404, ""),
         ("/static/index.html", 404, "no file"),
     ):
