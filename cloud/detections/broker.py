@@ -153,9 +153,18 @@ async def connect(options: BrokerOptions, on_loss: Callable[[], None]) -> Client
         require_version((version.major, version.minor), f"the NATS server at {shown}")
         await _check_pages(options.monitoring)
     except BaseException:
-        await client.close()  # also ends what the client still tries behind a connect that was given up
+        await disconnect(client)
         raise
     return client
+
+
+async def disconnect(client: Client) -> None:
+    """Closes the connection, and ends attempts at another one, which may outlive the client's own `close`."""
+    await client.close()
+    attempts = client._reconnection_task
+    while attempts is not None and not attempts.done():
+        attempts.cancel()
+        await asyncio.wait({attempts}, timeout=0.1)
 
 
 def _as_private_as_wanted(client: Client, tls: ssl.SSLContext | None) -> bool:

@@ -40,6 +40,7 @@ from cloud.detections.broker import (
     Streams,
     broker_errors,
     connect,
+    disconnect,
     message_or_none,
     open_streams,
 )
@@ -106,7 +107,7 @@ class JetStreamLog:
             streams = await open_streams(client, options, retention)
             opened.append(cls(client, streams, retention))
         except BaseException:
-            await client.close()
+            await disconnect(client)
             raise
         return opened[0]
 
@@ -184,7 +185,7 @@ class JetStreamLog:
         for reader in self._replays.values():
             self._discard(reader)
         await asyncio.gather(*self._chores, return_exceptions=True)
-        await self._client.close()
+        await disconnect(self._client)
 
     # Writing.
 

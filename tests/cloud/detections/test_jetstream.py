@@ -282,13 +282,9 @@ async def test_a_cloud_and_its_broker_know_each_other_by_certificate_and_passwor
         address = f"tls://cloud:secret@127.0.0.1:{broker.nodes[0].port}"
         known = BrokerOptions((address,), replicas=1, ca=authority.ca, certificate=certificate, key=key, start_s=3)
         assert (await (await open_log(known)).append(name(0), b"")).new
-        for wrong in (
-            {"ca": Authority(tmp_path / "other").ca},
-            {"certificate": None, "key": None},
-            {"servers": (address.replace("secret", "guess"),)},
-        ):
-            with pytest.raises(Unavailable, match="no NATS server"):
-                await JetStreamLog.open(dataclasses.replace(known, **wrong, start_s=0.5), KEEP_ALL)  # type: ignore[arg-type]
+        guessed = dataclasses.replace(known, servers=(address.replace("secret", "guess"),), start_s=0.5)
+        with pytest.raises(Unavailable, match="no NATS server"):
+            await JetStreamLog.open(guessed, KEEP_ALL)
 
 
 async def test_a_server_without_tls_is_refused_where_tls_is_wanted(broker: Broker, tmp_path: Path) -> None:
