@@ -88,7 +88,7 @@ def test_a_run_from_nothing_lowers_its_loss_and_ends_in_a_bundle_that_codes_pict
     hardly = replace(settings, out=settings.out / "hardly", steps=1)
     train_codec(hardly)
     (first,) = read_checkpoint(hardly.out / "last.pt")["curves"]
-    settings = replace(settings, steps=100, harvest_minutes=0.2, bf16=True, name="tiny")
+    settings = replace(settings, steps=100, harvest_minutes=0.2, bf16=None, name="tiny")
     folder = train_codec(settings)
     state = read_checkpoint(settings.out / "last.pt")
     last = state["curves"][-1]
