@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2
 from sightline.v1 import (
     admin_pb2,
     admin_pb2_grpc,
+    common_pb2,
     detection_pb2,
     detection_pb2_grpc,
     edge_pb2,
@@ -82,7 +83,7 @@ async def compress_stream(channel: grpc.aio.Channel, context: Context) -> grpc.S
 
 async def upload(channel: grpc.aio.Channel, context: Context) -> grpc.StatusCode:
     edge = HandMadeEdge(channel, context.coded.model_id, "edge")
-    await edge.call.write(ingest_pb2.UploadRequest(hello=edge._hello))
+    await edge.call.write(ingest_pb2.UploadRequest(hello=edge.hello))
     first = await edge.call.read()
     if first is grpc.aio.EOF:
         return await edge.call.code()
@@ -133,6 +134,13 @@ CALLS: dict[str, tuple[tuple[str, ...], str, str, Call]] = {
         unary(
             detection_pb2_grpc.DetectionServiceStub, "Detect",
             lambda context: detection_pb2.DetectRequest(bitstream=bits.to_bytes(context.coded)),
+        ),
+    ),
+    "DetectionService/Review": (
+        ("cloud",), CONSUMER, OTHER_CAMERAS,
+        unary(
+            detection_pb2_grpc.DetectionServiceStub, "Review",
+            lambda _: detection_pb2.ReviewRequest(frame=common_pb2.FrameName(camera_id="gate-1", epoch=1, seq=404)),
         ),
     ),
     "EdgeAdminService/ListCameras": (
@@ -188,10 +196,11 @@ CALLS: dict[str, tuple[tuple[str, ...], str, str, Call]] = {
         for method in ("ListQuarantine", "FetchQuarantined", "ReplayQuarantined")
     },
 }  # fmt: skip
-# Calls whose right caller is told no for another reason: a service's last bundle cannot be retired, and nothing is in
-# quarantine.
+# Calls whose right caller is told no for another reason: a service's last bundle cannot be retired, nothing is in
+# quarantine, and the frame to review never was.
 ENDS_OTHERWISE = {
     "BundleAdminService/RetireBundle": Codes.FAILED_PRECONDITION,
+    "DetectionService/Review": Codes.NOT_FOUND,
     "QuarantineService/FetchQuarantined": Codes.NOT_FOUND,
     "QuarantineService/ReplayQuarantined": Codes.NOT_FOUND,
 }
