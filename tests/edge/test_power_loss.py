@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from edge.spool import Spool
+from edge.spool_file import SpoolFile
 from edge.spool_rows import Draft, Entry, Final, Outcome
 from shared.errors import SightlineError
 from tests.edge.test_spool import LIMITS, draft
@@ -43,14 +44,23 @@ def frame(number: int) -> Draft:
     return draft(number, size=size, camera=f"camera-{number % 3}", token=f"token-{number}")
 
 
+def _without_fsync() -> None:
+    """Take fsync out of every spool this process opens from now on."""
+    prepare = SpoolFile._prepare
+
+    def prepare_without(self: SpoolFile, path: Path) -> None:
+        prepare(self, path)
+        self._db.execute("PRAGMA synchronous = OFF")
+
+    SpoolFile._prepare = prepare_without  # type: ignore[method-assign]
+
+
 async def spool_for_a_while(folder: Path, sync: bool) -> None:
     """In the process that is watched: what was promised is told by writes to a file of the same folder."""
     said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    spool = Spool(folder / "spool.sqlite", LIMITS)
     if not sync:
-        await spool.take(0, frames=1, max_bytes=1)  # the writer runs
-        assert spool._file is not None
-        spool._file._db.execute("PRAGMA synchronous = OFF")
+        _without_fsync()
+    spool = Spool(folder / "spool.sqlite", LIMITS)
     rng = random.Random(1)
     waiting: list[tuple[int, int]] = []
 
