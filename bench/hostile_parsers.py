@@ -86,7 +86,7 @@ def targets(codec: Codec, folder: Path) -> dict[str, Target]:
 
         def decode() -> None:
             parsed = bits.from_bytes(bits.to_bytes(hostile), {codec.model_id}, max_pixels=MAX_PIXELS)
-            shape = codec.latent_shape(parsed.height, parsed.width)
+            shape = codec.latent_shape(parsed.height, parsed.width, parsed.quality)
             bits.check_streams(parsed, codec.tables_z, shape.z, shape.y)
             codec.unpack(parsed)
 

@@ -39,9 +39,10 @@ def measure(reference: str, images: list[Path]) -> list[dict[str, float]]:
     rows = [{"quality": float(q), "float": 0.0, "rounded": 0.0, "integer": 0.0} for q in QUALITIES]
     for path in track(images, "pictures", console=Console(stderr=True)):
         frame = Frame(np.asarray(Image.open(path).convert("RGB")))
-        y = codec.latents([frame])
         for row in rows:
-            for name, bits in _code_lengths(codec, model.h_s, frame, y, int(row["quality"]) * 256).items():
+            quality = int(row["quality"]) * 256
+            y = codec.latents([frame], quality)
+            for name, bits in _code_lengths(codec, model.h_s, frame, y, quality).items():
                 row[name] += bits
     return rows
 

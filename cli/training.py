@@ -1,4 +1,4 @@
-"""`sightline train codec`, `train task` and `evaluate`: flags and a TOML file become the trainer's settings.
+"""`sightline train codec`, `scales` and `task`, and `evaluate`: flags and a TOML file become the trainer's settings.
 
 The settings are dataclasses whose docstrings describe each field as "`name`: what it is."; a part that is a dataclass
 itself is a table in the file and a prefix with a dot among the flags: [schedule] span, --schedule.span.
@@ -31,6 +31,17 @@ def codec(context: typer.Context) -> None:
         print(f"The bundle is {train_codec(settings)}")
 
     run_settings(TrainSettings, start, context.args, "sightline train codec", codec.__doc__ or "")
+
+
+def scales(context: typer.Context) -> None:
+    """Choose the sizes at which a codec's bundle codes pictures."""
+    import_quietly()
+    from trainer.scales import ScaleSettings, train_scales
+
+    def start(settings: ScaleSettings) -> None:
+        print(f"The bundle is {train_scales(settings)}")
+
+    run_settings(ScaleSettings, start, context.args, "sightline train scales", scales.__doc__ or "")
 
 
 def task(context: typer.Context) -> None:

@@ -122,7 +122,7 @@ class Inference:
         """
         self.require_model(bitstream.model_id)
         codec = self.codecs[bitstream.model_id]
-        coded_as = codec.latent_shape(bitstream.height, bitstream.width)
+        coded_as = codec.latent_shape(bitstream.height, bitstream.width, bitstream.quality)
         bits.check_streams(bitstream, codec.tables_z, coded_as.z, coded_as.y)  # before anything of that size is made
         if unknown := [name for name in tasks if name not in self.tasks]:
             raise InvalidInput(f"no task {unknown[0]!r} here, there are: {', '.join(self.tasks)}")

@@ -103,11 +103,8 @@ class Crops(Dataset[tuple[Any, ...]]):
         index = self._index(number)
         rng = np.random.default_rng((self.seed, 1, number))
         picture = self.pictures[index]
-        rgb = self._read(index)
         factor = float(np.exp(rng.uniform(np.log(self.zoom[0]), np.log(self.zoom[1])))) if self.zoom != (1, 1) else 1.0
-        if factor != 1.0:
-            size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
-            rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+        rgb = resized(self._read(index), factor)
         height, width = rgb.shape[:2]
         top, left = (int(rng.integers(0, max(0, side - self.crop) + 1)) for side in (height, width))
         mirrored = bool(rng.random() < 0.5)
@@ -135,6 +132,14 @@ class Crops(Dataset[tuple[Any, ...]]):
                 self._room -= kept.nbytes
                 self._cache[index] = kept
         return kept
+
+
+def resized(rgb: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """A picture [H, W, 3] with both sides times `factor`, bicubic."""
+    if factor == 1.0:
+        return rgb
+    size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
+    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
 
 
 def crop_targets(

@@ -41,14 +41,14 @@ def encode_with_effort(
 ) -> Effort:
     """Code `frame` with `steps` gradient steps on its latents.
 
-    Cost is bits per pixel x w_rate + MSE x w_mse + feature distance x w_task, weighed as `schedule` ends. A `task`
-    that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
+    Cost is bits per coded pixel x w_rate + MSE x w_mse + feature distance x w_task, weighed as `schedule` ends. A
+    `task` that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
     """
     start = codec.analyse([frame], quality)[0]
     problem = _Problem(codec, frame, start, task, schedule)
     generator = torch.Generator(device=codec.device).manual_seed(seed)
     with torch.no_grad():
-        y = codec.latents([frame]) * interpolate_levels(problem.log_gain, problem.steps)
+        y = codec.latents([frame], start.quality) * interpolate_levels(problem.log_gain, problem.steps)
     residual = (y - problem.means).requires_grad_()
     optimiser = torch.optim.Adam([residual], lr=RATE)
     for i in range(steps):
@@ -82,6 +82,7 @@ class _Problem:
         self.scales = torch.from_numpy(SCALES.astype(np.float32)).to(device)[indexes]
         self.coded = (indexes >= codec.bundle.skip_below).float()
         self.x = torch.from_numpy(frame.rgb.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+        self.coded_size = codec.coded_size(frame.height, frame.width, start.quality)
         self.scale = task.network.short_side / min(frame.height, frame.width)
         if not task.variances:
             task.calibrate(self.x, self.scale)
@@ -91,13 +92,15 @@ class _Problem:
 
     def cost(self, residual: Tensor) -> Tensor:
         """Weighted cost, a scalar, of residuals [1, M, hy, wy], whole or between integers."""
-        height, width = self.x.shape[2:]
-        size = residual.abs()
-        likelihood = _below((0.5 - size) / self.scales) - _below((-0.5 - size) / self.scales)
+        height, width = self.coded_size
+        off = residual.abs()
+        likelihood = _below((0.5 - off) / self.scales) - _below((-0.5 - off) / self.scales)
         bits = -(likelihood.clamp(min=LEAST_LIKELIHOOD).log2() * self.coded).sum()
         scaled = (residual + self.means) * self.inverse_gain
         scaled = scaled.to(self.codec.dtype).contiguous(memory_format=torch.channels_last)
         x_hat = self.codec.g_s(scaled)[:, :, :height, :width].float()
+        if self.coded_size != tuple(self.x.shape[2:]):
+            x_hat = F.interpolate(x_hat, self.x.shape[2:], mode="bicubic")
         mse = (x_hat - self.x).square().mean()
         distance = self.task.distances_to(self.wanted, x_hat, self.scale)
         weights = self.weights

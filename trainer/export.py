@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.codec.bundle import Bundle, load_bundle, save_bundle
+from shared.codec.bundle import SCALE_TENSOR, Bundle, load_bundle, save_bundle
 from shared.codec.hyper import SCALE_COUNT
 from shared.codec.tables import from_pmfs, gaussian_tables
 from shared.codec.transforms import interpolate_levels
@@ -30,9 +30,18 @@ _TRAINING_MODULES = ("h_s", "entropy_bottleneck")
 
 @torch.no_grad()
 def export_bundle(
-    model: TrainableCodec, calibration: Sequence[Tensor], folder: Path, *, name: str, info: Mapping[str, Any]
+    model: TrainableCodec,
+    calibration: Sequence[Tensor],
+    folder: Path,
+    *,
+    name: str,
+    info: Mapping[str, Any],
+    scales: Sequence[int] | None = None,
 ) -> Bundle:
-    """Write `model` as a bundle. `calibration`: pictures [3, H, W] in [0, 1], sides multiples of 64, for ranges."""
+    """Write `model` as a bundle. `calibration`: pictures [3, H, W] in [0, 1], sides multiples of 64, for ranges.
+
+    `scales`: sides at which it codes pictures, in 1/16 of the frame's, at quality 1 to 8; None is full size.
+    """
     model = model.eval().float()
     medians = model.medians()
     qualities = [256 * (level + 1) for level in range(LEVELS)]
@@ -48,6 +57,8 @@ def export_bundle(
     arrays |= quantise_hyper_synthesis(model.h_s, z_symbols, qualities)
     arrays |= gaussian_tables(SCALES).to_arrays("tables.y")
     arrays |= from_pmfs(*factorised_pmfs(model)).to_arrays("tables.z")
+    if scales is not None:
+        arrays[SCALE_TENSOR] = np.array(scales, np.uint8)
     for module in _TRAINING_MODULES:
         for key, value in getattr(model, module).state_dict().items():
             if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":

@@ -64,6 +64,10 @@ class FrozenNetwork:
         self.name, self.short_side, self._task = name, short_side, task
         self.module: nn.Module = trunk if task is None else task.model
         self.trunk = freeze(trunk)
+        # A pyramid alone keeps what its own heads ask for; the generic features under it are what others share.
+        self._early = (
+            {f"block{i}": trunk.features[i] for i in IMAGENET_TAPS} if isinstance(trunk, MobileNetPyramid) else {}
+        )
         transform = getattr(self.module, "transform", None)
         mean, std = getattr(transform, "image_mean", IMAGE_MEAN), getattr(transform, "image_std", IMAGE_STD)
         self._mean, self._std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
@@ -73,14 +77,23 @@ class FrozenNetwork:
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     def features(self, images: Tensor, scale: float) -> dict[str, Tensor]:
-        """Features of the trunk (and its pyramid, where it has one), differentiable with respect to `images`."""
+        """Features of the trunk (early ones, and its pyramid, where it has one), differentiable in `images`."""
         height, width = (max(PAD_TO, round(side * scale / PAD_TO) * PAD_TO) for side in images.shape[2:])
         if (height, width) != tuple(images.shape[2:]):
             images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-        found = self.trunk((images - self._mean) / self._std)
+        early: dict[str, Tensor] = {}
+        hooks = [
+            block.register_forward_hook(lambda _module, _given, out, name=name: early.__setitem__(name, out))
+            for name, block in self._early.items()
+        ]
+        try:
+            found = self.trunk((images - self._mean) / self._std)
+        finally:
+            for hook in hooks:
+                hook.remove()
         if not isinstance(found, Mapping):
             return {"features": found}
-        return {str(k): v for k, v in found.items() if k not in REPEATED}
+        return {**early, **{str(k): v for k, v in found.items() if k not in REPEATED}}
 
     def training_loss(self, images: Tensor, targets: Sequence[Mapping[str, Tensor]], scale: float) -> Tensor:
         """Sum of the network's own training losses, a scalar, on pictures resized by `scale`."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.crops import Picture
+from trainer.crops import Picture, resized
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS, TrainableCodec
 
@@ -38,12 +38,16 @@ class Curve:
         return Curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
-def tuning_tensors(pictures: Sequence[Picture], count: int) -> list[Tensor]:
-    """The middle parts of `count` pictures spread over `pictures`, uint8 [3, H, W], sides multiples of 64."""
+def tuning_tensors(pictures: Sequence[Picture], count: int, zoom: tuple[float, float] = (1.0, 1.0)) -> list[Tensor]:
+    """The middle parts of `count` pictures spread over `pictures`, uint8 [3, H, W], sides multiples of 64.
+
+    `zoom`: range of the factors that training resizes by; these are resized by its geometric mean.
+    """
+    factor = (zoom[0] * zoom[1]) ** 0.5
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int))
     tensors = []
     for i in chosen:
-        rgb = pictures[i].read()
+        rgb = resized(pictures[i].read(), factor)
         height, width = (min(side, SIDE) // ALIGN * ALIGN for side in rgb.shape[:2])
         if min(height, width) == 0:
             continue

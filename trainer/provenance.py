@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.codec.bundle import SCALE_TENSOR, load_bundle
 from trainer.export import export_bundle
 from trainer.harvest import Curve
 from trainer.model import TrainableCodec
@@ -50,8 +51,16 @@ def write_bundle(
     }
     if curve is not None:
         info["tuning_curve"] = curve.as_dict()
-    bundle = export_bundle(codec, calibration, folder, name=settings.name, info=info)
+    bundle = export_bundle(codec, calibration, folder, name=settings.name, info=info, scales=_scales(settings))
     (folder / "README.md").write_text(_card(bundle.model_id, settings, info, curve))
+
+
+def _scales(settings: TrainSettings) -> Sequence[int] | None:
+    """Sizes at which the new bundle codes: as asked, else as the bundle did from which it started."""
+    if settings.scales is not None or settings.start_from is None or Path(settings.start_from).is_file():
+        return settings.scales
+    scales = load_bundle(settings.start_from).arrays.get(SCALE_TENSOR)
+    return None if scales is None else scales.tolist()
 
 
 def hardware(device: str, processes: int) -> str:

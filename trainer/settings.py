@@ -35,7 +35,9 @@ class TrainSettings:
     the weights' average that is exported, 0 for none. `balance_every`: steps between measurements of gradient norms,
     0 for none. `workers`: processes that prepare crops, 0 for none. `cache_bytes`: bound on decoded pictures kept.
     `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device has it in hardware.
-    `architecture`: None takes that of `start_from`, or the default; a bundle's `m` may be raised.
+    `architecture`: None takes that of `start_from`, or the default; a bundle's `m` may be raised. `scales`: sides at
+    which the bundle codes pictures, in 1/16 of the frame's, at quality 1 to 8; None takes those of the bundle started
+    from, or full size. `train scales` finds them.
     """
 
     out: Path
@@ -75,6 +77,7 @@ class TrainSettings:
     harvest_pictures: int = 24
     harvest_keep: int = 3
 
+    scales: tuple[int, ...] | None = None
     architecture: Architecture | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -100,6 +103,8 @@ class TrainSettings:
                 raise InvalidSettings(f"train codec: '{name}' must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise InvalidSettings(f"train codec: 'ema' must be in [0, 1), got {self.ema}")
+        if self.scales is not None and (len(self.scales) != 8 or not all(1 <= s <= 16 for s in self.scales)):
+            raise InvalidSettings(f"train codec: 'scales' must be 8 numbers in [1, 16], got {self.scales}")
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise InvalidSettings(f"train codec: 'zoom' must be an ascending pair of factors, got {self.zoom}")
 

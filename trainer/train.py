@@ -338,7 +338,7 @@ def _tuning(settings: TrainSettings, pictures: list[Picture]) -> list[Tensor]:
         found = list_pictures(settings.tuning_images, None)
     else:
         found = tuning_pictures(settings.images) or pictures
-    tensors = tuning_tensors(found, settings.harvest_pictures)
+    tensors = tuning_tensors(found, settings.harvest_pictures, settings.zoom)
     if not tensors:
         raise InvalidInput(f"{settings.tuning_images or settings.images}: no picture of 64x64 or more to rank with")
     return tensors
@@ -374,7 +374,7 @@ def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictur
     if best is not None and (path := harvest_path(settings, best)).exists():
         state = read_checkpoint(path)
         load_strictly(codec, state["average"] or state["net"], path)
-    large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed)
+    large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=settings.zoom)
     calibration = [torch.from_numpy(large[i][0]).permute(2, 0, 1).float() / 255 for i in range(CALIBRATION_CROPS)]
     write_bundle(
         replace(settings, resume=None), codec, calibration, folder,

@@ -8,6 +8,8 @@ and what is only told (provenance, measured rates) are left out of it, so they c
                 gain.log, gain.log_inverse   float32 [8, M]
                 h_s.*               integers, see shared.codec.hyper
                 tables.y.*, tables.z.*   entropy tables, see shared.codec.tables
+                level.scale   uint8 [8], sides of the coded picture in 1/16 of the frame's, quality 1 to 8. A bundle
+                              without it codes at full size, and is of format 1, which older readers know.
                 training.*          float16: float h_s, entropy bottleneck
 """
 
@@ -26,7 +28,10 @@ from safetensors.numpy import load_file, save_file
 from shared.codec.transforms import Architecture
 from shared.errors import InvalidBundle, UnknownModel
 
-FORMAT = 1
+FORMATS = (1, 2)
+SCALE_TENSOR = "level.scale"
+SCALE_STEPS = 16
+FULL_SIZE = [SCALE_STEPS] * 8
 TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -52,7 +57,7 @@ class Bundle:
 def compute_model_id(architecture: Architecture, skip_below: int, arrays: Arrays) -> str:
     """Hex SHA-256 over what decides bits and pixels, see the module's head."""
     digest = hashlib.sha256()
-    head = {"format": FORMAT, "architecture": architecture.as_dict(), "skip_below": skip_below}
+    head = {"format": _format(arrays), "architecture": architecture.as_dict(), "skip_below": skip_below}
     digest.update(json.dumps(head, sort_keys=True).encode())
     for name in sorted(arrays):
         if name.startswith("training."):
@@ -69,7 +74,7 @@ def save_bundle(
     """Write a bundle; `info` must be JSON-able. Returns it with its model id. Files are replaced atomically."""
     model_id = compute_model_id(architecture, skip_below, arrays)
     manifest = {
-        "format": FORMAT,
+        "format": _format(arrays),
         "name": name,
         "model_id": model_id,
         "architecture": architecture.as_dict(),
@@ -98,8 +103,8 @@ def load_bundle(reference: str | Path) -> Bundle:
         head = {key: manifest.pop(key) for key in ("format", "name", "model_id", "architecture", "skip_below")}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidBundle(f"{folder}: expected a codec bundle, got {type(error).__name__}: {error}") from error
-    if head["format"] != FORMAT:
-        raise InvalidBundle(f"{folder}: expected bundle format {FORMAT}, got {head['format']!r}")
+    if head["format"] not in FORMATS:
+        raise InvalidBundle(f"{folder}: expected bundle format 1 or 2, got {head['format']!r}")
     try:
         architecture = Architecture(**head["architecture"])
     except TypeError as error:
@@ -107,7 +112,21 @@ def load_bundle(reference: str | Path) -> Bundle:
     model_id = compute_model_id(architecture, head["skip_below"], arrays)
     if model_id != head["model_id"]:
         raise InvalidBundle(f"{folder}: the manifest names model id {head['model_id']}, the content has {model_id}")
+    if SCALE_TENSOR in arrays:
+        _check_scales(arrays[SCALE_TENSOR], folder)
     return Bundle(model_id, head["name"], architecture, head["skip_below"], arrays, manifest)
+
+
+def _format(arrays: Arrays) -> int:
+    return 2 if SCALE_TENSOR in arrays else 1
+
+
+def _check_scales(scales: NDArray[Any], folder: Path) -> None:
+    if scales.dtype != np.uint8 or scales.shape != (8,) or scales.min() < 1 or scales.max() > SCALE_STEPS:
+        raise InvalidBundle(
+            f"{folder}: {SCALE_TENSOR} must be 8 integers of 8 bit in [1, {SCALE_STEPS}], "
+            f"got {scales.dtype} {scales.tolist()}"
+        )
 
 
 def find_bundle(reference: str | Path) -> Path:

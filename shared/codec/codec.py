@@ -1,9 +1,11 @@
 """Frame in, bitstream out, and back: the codec as edge and cloud call it.
 
-    encode   rgb -> g_a -> y * gain -> h_a -> round -> z_hat -> h_s -> round(y - mean) -> rANS
-    decode   rANS -> z_hat -> h_s -> rANS -> symbols + mean -> / gain -> g_s -> rgb
+    encode   rgb -> resize -> g_a -> y * gain -> h_a -> round -> z_hat -> h_s -> round(y - mean) -> rANS
+    decode   rANS -> z_hat -> h_s -> rANS -> symbols + mean -> / gain -> g_s -> resize -> rgb
 
-Left of z_hat and right of y_hat floats rule; between them all is integer (see `shared.codec.hyper`). Frames larger
+Left of z_hat and right of y_hat floats rule; between them all is integer (see `shared.codec.hyper`). A bundle says for
+each quality at which size pictures are coded: a detector looks at a few hundred pixels, and what it never sees need
+not be sent. Size and quality of a frame give the coded size by integers alone, so it costs no byte. Frames larger
 than `BAND_PIXELS` pass g_a and g_s in overlapping bands of rows, so that memory stays bounded; the overlap exceeds
 the transforms' receptive field, so that a band's inside is what the whole frame would have given.
 """
@@ -17,10 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from shared.codec import bitstream as bits
 from shared.codec import rans
-from shared.codec.bundle import Bundle, load_bundle
+from shared.codec.bundle import FULL_SIZE, SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle
 from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis
 from shared.codec.tables import EntropyTables
 from shared.codec.transforms import (
@@ -30,7 +33,16 @@ from shared.codec.transforms import (
     SynthesisTransform,
     interpolate_levels,
 )
-from shared.codec.types import MEAN_STEPS, QUALITY_MAX, QUALITY_MIN, Bitstream, Frame, Symbols, quality_to_steps
+from shared.codec.types import (
+    MEAN_STEPS,
+    QUALITY_MAX,
+    QUALITY_MIN,
+    QUALITY_STEP,
+    Bitstream,
+    Frame,
+    Symbols,
+    quality_to_steps,
+)
 from shared.errors import InvalidBitstream, InvalidBundle, NumericalError, SymbolsMismatch, UnknownModel
 
 _Transform = TypeVar("_Transform", AnalysisTransform, HyperAnalysisTransform, SynthesisTransform)
@@ -76,6 +88,7 @@ class Codec:
         self.h_s = HyperSynthesis(IntegerHyperSynthesis.from_arrays(bundle.arrays), self.device)
         self._log_gain = torch.from_numpy(bundle.arrays["gain.log"].astype(np.float32)).to(self.device)
         self._log_inverse_gain = torch.from_numpy(bundle.arrays["gain.log_inverse"].astype(np.float32)).to(self.device)
+        self._scales: list[int] = bundle.arrays[SCALE_TENSOR].tolist() if SCALE_TENSOR in bundle.arrays else FULL_SIZE
         self.tables_y = EntropyTables.from_arrays(bundle.arrays, "tables.y")
         self.tables_z = EntropyTables.from_arrays(bundle.arrays, "tables.z")
 
@@ -112,15 +125,22 @@ class Codec:
     def encode_to_size(self, frame: Frame, target_bytes: int) -> Bitstream:
         """The highest quality whose byte form is at most `target_bytes`; quality 1 where none is that small.
 
-        Bisects over quality; the transform runs once. Size grows with quality, though not strictly: the answer
-        fits, a slightly higher quality that also fits may exist.
+        Bisects over quality; the transform runs once a coded size. Bytes grow with quality, though not strictly: the
+        answer fits, a slightly higher quality that also fits may exist.
         """
-        y = self.latents([frame])
+        latents: dict[int, Tensor] = {}
+
+        def at(quality: int) -> Bitstream:
+            scale = self.scale(quality)
+            if scale not in latents:
+                latents[scale] = self.latents([frame], quality)
+            return self.pack(self.quantise(latents[scale], [quality], [frame])[0])
+
         low, high = QUALITY_MIN, QUALITY_MAX
-        best = self.pack(self.quantise(y, [low], [frame])[0])
+        best = at(low)
         while low < high:
             middle = (low + high + 1) // 2
-            candidate = self.pack(self.quantise(y, [middle], [frame])[0])
+            candidate = at(middle)
             if len(bits.to_bytes(candidate)) <= target_bytes:
                 low, best = middle, candidate
             else:
@@ -129,9 +149,11 @@ class Codec:
 
     def reconstruct_unquantised(self, frame: Frame, quality: float = 8.0) -> Frame:
         """g_s(g_a(x)) with neither rounding nor coding: the control that shows what quantisation costs."""
-        steps = torch.tensor([quality_to_steps(quality)], device=self.device)
-        gain = interpolate_levels(self._log_gain, steps) * interpolate_levels(self._log_inverse_gain, steps)
-        return self._synthesise_group(self.latents([frame]) * gain, [(frame.height, frame.width)])[0]
+        steps = quality_to_steps(quality)
+        level = torch.tensor([steps], device=self.device)
+        gain = interpolate_levels(self._log_gain, level) * interpolate_levels(self._log_inverse_gain, level)
+        size = (frame.height, frame.width)
+        return self._synthesise_group(self.latents([frame], steps) * gain, size, self.coded_size(*size, steps))[0]
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -142,7 +164,7 @@ class Codec:
         for group in _groups([(f.height, f.width) for f in frames]):
             members = [frames[i] for i in group]
             for i, symbols in zip(
-                group, self.quantise(self.latents(members), [steps] * len(members), members), strict=True
+                group, self.quantise(self.latents(members, steps), [steps] * len(members), members), strict=True
             ):
                 out[i] = symbols
         return [symbols for symbols in out if symbols is not None]
@@ -170,7 +192,7 @@ class Codec:
         """
         if bitstream.model_id != self.model_id:
             raise UnknownModel(f"bitstream is for model {bitstream.model_id}, this codec is {self.model_id}")
-        shape = self.latent_shape(bitstream.height, bitstream.width)
+        shape = self.latent_shape(bitstream.height, bitstream.width, bitstream.quality)
         bits.check_streams(bitstream, self.tables_z, shape.z, shape.y)  # before anything of that size is made
         z_hat = rans.decode(bitstream.hyper, _channel_indexes(shape.z), self.tables_z).reshape(shape.z)
         means, indexes = self.h_s(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape.y[1], shape.y[2]))
@@ -196,21 +218,34 @@ class Codec:
         )
 
     def synthesise(self, symbols: Sequence[Symbols]) -> list[Frame]:
-        """y_hat to pictures; frames of one size pass g_s together."""
+        """y_hat to pictures; frames of one size, coded at one size, pass g_s together."""
         out: list[Frame | None] = [None] * len(symbols)
-        for group in _groups([(s.height, s.width) for s in symbols]):
+        for group in _groups([(s.height, s.width, self.scale(s.quality)) for s in symbols]):
             members = [symbols[i] for i in group]
             y_hat = torch.from_numpy(np.stack([s.y_hat for s in members])).to(self.device)
             steps = torch.tensor([s.quality for s in members], device=self.device)
             scaled = y_hat.float().mul_(1 / MEAN_STEPS).mul_(interpolate_levels(self._log_inverse_gain, steps))
-            for i, frame in zip(
-                group, self._synthesise_group(scaled, [(s.height, s.width) for s in members]), strict=True
-            ):
+            size = (members[0].height, members[0].width)
+            coded = self.coded_size(*size, members[0].quality)
+            for i, frame in zip(group, self._synthesise_group(scaled, size, coded), strict=True):
                 out[i] = frame
         return [frame for frame in out if frame is not None]
 
-    def latent_shape(self, height: int, width: int) -> LatentShape:
-        """What a frame of that size is coded as."""
+    def scale(self, quality: int) -> int:
+        """Sides of the coded picture in 1/SCALE_STEPS of the frame's. `quality` in 1/256 steps."""
+        level, part = divmod(quality - QUALITY_MIN, QUALITY_STEP)
+        low, high = self._scales[level], self._scales[min(level + 1, len(self._scales) - 1)]
+        return (low * (QUALITY_STEP - part) + high * part + QUALITY_STEP // 2) // QUALITY_STEP
+
+    def coded_size(self, height: int, width: int, quality: int) -> tuple[int, int]:
+        """Height and width at which a frame is coded. `quality` in 1/256 steps."""
+        scale = self.scale(quality)
+        down, across = ((side * scale + SCALE_STEPS // 2) // SCALE_STEPS for side in (height, width))
+        return max(1, down), max(1, across)
+
+    def latent_shape(self, height: int, width: int, quality: int) -> LatentShape:
+        """What a frame of that size is coded as at a quality in 1/256 steps."""
+        height, width = self.coded_size(height, width, quality)
         hy, wy = -(-height // STRIDE_Y), -(-width // STRIDE_Y)
         arch = self.bundle.architecture
         return LatentShape((arch.m, hy, wy), (arch.z, -(-hy // 4), -(-wy // 4)))
@@ -234,20 +269,26 @@ class Codec:
         return module
 
     @torch.no_grad()
-    def latents(self, frames: Sequence[Frame]) -> Tensor:
-        """g_a of frames of one size: y before any gain, float32 [B, M, hy, wy]. Raises NumericalError."""
+    def latents(self, frames: Sequence[Frame], quality: int) -> Tensor:
+        """g_a of frames of one size: y before any gain, float32 [B, M, hy, wy]. Raises NumericalError.
+
+        `quality`, in 1/256 steps, decides nothing here but the size at which the frames are coded.
+        """
         height, width = frames[0].height, frames[0].width
-        shape = self.latent_shape(height, width).y
+        shape = self.latent_shape(height, width, quality).y
         if len(frames) == 1:
             rgb = torch.from_numpy(np.require(frames[0].rgb, requirements="W"))[None]
         else:
             rgb = torch.from_numpy(np.stack([f.rgb for f in frames]))
         rgb = rgb.to(self.device).permute(0, 3, 1, 2)
+        coded = self.coded_size(height, width, quality)
+        if coded != (height, width):
+            rgb = _reduced(rgb, coded)
 
         def band(top: int, bottom: int) -> Tensor:
             part = rgb[:, :, top * STRIDE_Y : bottom * STRIDE_Y]
             x = part.to(self.dtype).div_(255)
-            missing = ((bottom - top) * STRIDE_Y - part.shape[2], shape[2] * STRIDE_Y - width)
+            missing = ((bottom - top) * STRIDE_Y - part.shape[2], shape[2] * STRIDE_Y - coded[1])
             if any(missing):
                 x = _replicate(x, bottom=missing[0], right=missing[1])
             y: Tensor = self.g_a(x)
@@ -276,19 +317,33 @@ class Codec:
         return [Symbols(z, s, m, i, quality, frame.height, frame.width) for z, s, m, i, quality, frame in each]
 
     @torch.no_grad()
-    def _synthesise_group(self, y: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Frame]:
-        height, width = sizes[0]
+    def _synthesise_group(self, y: Tensor, size: tuple[int, int], coded: tuple[int, int]) -> list[Frame]:
+        whole = coded == size
 
         def band(top: int, bottom: int) -> Tensor:
             x_hat: Tensor = self.g_s(y[:, :, top:bottom].to(self.dtype, memory_format=torch.channels_last))
-            return x_hat.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+            return _to_bytes(x_hat) if whole else x_hat
 
         def crop(part: Tensor, skip: int, rows: int) -> Tensor:
             return part[:, :, skip * STRIDE_Y : (skip + rows) * STRIDE_Y]
 
-        rgb = _in_bands(band, y.shape[2], y.shape[3], crop)[:, :, :height, :width]
+        rgb = _in_bands(band, y.shape[2], y.shape[3], crop)[:, :, : coded[0], : coded[1]]
+        if not whole:
+            rgb = _to_bytes(functional.interpolate(rgb, size, mode="bicubic"))
         pictures: NDArray[np.uint8] = rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return [Frame(picture) for picture in pictures]
+
+
+def _reduced(rgb: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 pictures [B, 3, H, W] at a smaller size, low-pass filtered."""
+    if rgb.device.type == "cpu":
+        return functional.interpolate(rgb, size, mode="bicubic", antialias=True)
+    return _to_bytes(functional.interpolate(rgb.float().div_(255), size, mode="bicubic", antialias=True))
+
+
+def _to_bytes(rgb: Tensor) -> Tensor:
+    """Pictures in [0, 1], overwritten, as uint8."""
+    return rgb.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _in_bands(
@@ -315,9 +370,9 @@ def _replicate(x: Tensor, *, bottom: int, right: int) -> Tensor:
     return x
 
 
-def _groups(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+def _groups(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """Indexes of equal sizes together, in order of first appearance."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for i, size in enumerate(sizes):
         groups.setdefault(size, []).append(i)
     return list(groups.values())

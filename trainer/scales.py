@@ -1,0 +1,134 @@
+"""At which size a bundle codes pictures, for each quality: chosen on tuning pictures, written into the bundle.
+
+A frozen network resizes what it is given to a few hundred pixels, so a picture coded at a smaller size and enlarged
+after decoding may serve it as well for the same bits, at a fraction of the transforms' work. Rate (whole files) and
+distance of the network's features are measured on whole pictures at each candidate size and quality; for each quality
+the smallest size is taken that needs hardly more bits than the best one at the distance it reaches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from shared.codec.bitstream import to_bytes
+from shared.codec.bundle import SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle, save_bundle
+from shared.codec.codec import Codec
+from shared.codec.types import Frame
+from shared.errors import InvalidInput, InvalidSettings
+from trainer.crops import Picture, list_pictures, tuning_pictures
+from trainer.frozen import load_frozen
+from trainer.losses import TaskLoss
+from trainer.model import LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSettings:
+    """What `train_scales` does.
+
+    `bundle`: name or folder of the codec. `images`: folder of pictures; those of the committed tuning split are used,
+    or all where there are none of it. `out`: folder of the new bundle. `network`, `network_weights`: the frozen
+    network, as for `train codec`. `candidates`: sizes to choose from, sides in 1/16 of the frame's. `pictures`: how
+    many to measure on. `tolerance`: more bits than the best size needs that a smaller size may cost, as a share.
+    """
+
+    bundle: str
+    images: Path
+    out: Path
+    network: str = "faster-rcnn-mobilenetv2"
+    network_weights: Path | None = None
+    candidates: tuple[int, ...] = (8, 10, 12, 14, 16)
+    pictures: int = 24
+    tolerance: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not self.candidates or not all(1 <= c <= SCALE_STEPS for c in self.candidates):
+            raise InvalidSettings(f"train scales: 'candidates' must be in [1, {SCALE_STEPS}], got {self.candidates}")
+        if self.tolerance < 0 or self.pictures < 1:
+            raise InvalidSettings("train scales: 'tolerance' must not be negative and 'pictures' be at least 1")
+
+
+def train_scales(settings: ScaleSettings) -> Path:
+    """Measure, choose, write the bundle with its sizes. Returns `out`. Raises InvalidInput and what loading does."""
+    bundle = load_bundle(settings.bundle)
+    task = TaskLoss(load_frozen(settings.network, settings.network_weights), "features")
+    found = tuning_pictures(settings.images) or list_pictures(settings.images, None)
+    if not found:
+        raise InvalidInput(f"{settings.images}: expected pictures to measure on, there are none")
+    chosen = np.unique(np.linspace(0, len(found) - 1, settings.pictures).round().astype(int))
+    pictures = [found[i] for i in chosen]
+    curves = {
+        scale: measure(at_scales(bundle, [scale] * LEVELS), pictures, task, f"{scale}/{SCALE_STEPS} of the side")
+        for scale in sorted(set(settings.candidates))
+    }
+    scales = choose(curves, settings.tolerance)
+    made = at_scales(bundle, scales)
+    own = measure(made, pictures, task, "as chosen")
+    table = {"scale": scales, "bpp": own[:, 0].tolist(), "distance": own[:, 1].tolist(), "pictures": len(pictures)}
+    info = {**bundle.info, "sizes": {**table, "network": settings.network}}
+    save_bundle(
+        settings.out,
+        name=made.name,
+        architecture=made.architecture,
+        skip_below=made.skip_below,
+        arrays=made.arrays,
+        info=info,
+    )
+    return settings.out
+
+
+def at_scales(bundle: Bundle, scales: Sequence[int]) -> Bundle:
+    """The bundle, coding at these sizes at quality 1 to 8; its model id is not worked out anew."""
+    return replace(bundle, arrays={**bundle.arrays, SCALE_TENSOR: np.array(scales, np.uint8)})
+
+
+@torch.no_grad()
+def measure(bundle: Bundle, pictures: Sequence[Picture], task: TaskLoss, label: str) -> NDArray[np.float64]:
+    """Mean bits per pixel and feature distance at quality 1 to 8, [8, 2], of whole pictures at their own size."""
+    codec = Codec(bundle)
+    sums = np.zeros((LEVELS, 2))
+    for picture in track(pictures, label, console=Console(stderr=True)):
+        frame = Frame(picture.read())
+        x = _tensor(frame)
+        scale = task.network.short_side / min(frame.height, frame.width)
+        if not task.variances:
+            task.calibrate(x, scale)
+        for level in range(LEVELS):
+            coded = codec.encode(frame, level + 1)
+            distance = float(task.distances(x, _tensor(codec.decode(coded)), scale)[0])
+            sums[level] += 8 * len(to_bytes(coded)) / (frame.height * frame.width), distance
+    return sums / len(pictures)
+
+
+def choose(curves: Mapping[int, NDArray[np.float64]], tolerance: float) -> list[int]:
+    """For each quality the smallest size within `tolerance` of the best one's rate at equal distance.
+
+    `curves`: by size in 1/16, [8, 2] of rate and distance. Sizes do not fall with quality.
+    """
+    chosen: list[int] = []
+    for level in range(LEVELS):
+        allowed = [s for s in sorted(curves) if not chosen or s >= chosen[-1]]
+        excess = {s: _excess(curves, s, level) for s in allowed}
+        chosen.append(next((s for s in allowed if excess[s] <= np.log1p(tolerance)), allowed[-1]))
+    return chosen
+
+
+def _excess(curves: Mapping[int, NDArray[np.float64]], scale: int, level: int) -> float:
+    """Log of the rate that `scale` needs at `level` over the least that any size needs at the distance reached."""
+    rate, distance = np.log(curves[scale][level])
+    needed = [rate]
+    for curve in curves.values():
+        rates, distances = np.log(curve[::-1]).T
+        distances = np.maximum.accumulate(distances)
+        if distances[0] <= distance <= distances[-1]:
+            needed.append(float(np.interp(distance, distances, rates)))
+    return float(rate - min(needed))
+
+
+def _tensor(frame: Frame) -> torch.Tensor:
+    return torch.from_numpy(frame.rgb.copy()).permute(2, 0, 1)[None].float() / 255
