@@ -253,23 +253,28 @@ class Edge:
         await self.until(lambda: self.frames > 0)
 
     async def _read(self) -> None:
-        while (message := await self.call.read()) is not grpc.aio.EOF:
+        try:
+            while (message := await self.call.read()) is not grpc.aio.EOF:
+                async with self._news:
+                    self._take(message)
+                    self._news.notify_all()
+        finally:  # also where a status ended it: who waits must see it
             async with self._news:
-                match message.WhichOneof("message"):
-                    case "welcome":
-                        self.welcome = message.welcome
-                    case "credit":
-                        self.frames += message.credit.frames
-                        self.bytes += message.credit.bytes
-                    case "acks":
-                        self.acks += message.acks.acks
-                    case "again":
-                        self.asked.append(message.again)
-                    case "drain":
-                        self.drains.append(message.drain)
                 self._news.notify_all()
-        async with self._news:
-            self._news.notify_all()
+
+    def _take(self, message: ingest_pb2.UploadResponse) -> None:
+        match message.WhichOneof("message"):
+            case "welcome":
+                self.welcome = message.welcome
+            case "credit":
+                self.frames += message.credit.frames
+                self.bytes += message.credit.bytes
+            case "acks":
+                self.acks += message.acks.acks
+            case "again":
+                self.asked.append(message.again)
+            case "drain":
+                self.drains.append(message.drain)
 
     async def until(self, condition: Any) -> None:
         """Waits for a condition over what was read; fails at once if the stream ended without it."""

@@ -98,15 +98,29 @@ async def test_a_camera_has_its_charts_which_arrow_keys_read(
         assert await page.locator(".view canvas").evaluate(DRAWN) == 0
 
 
+LONG = "a-camera-with-a-very-long-name-" + 33 * "x"  # as long as names may be
+
+
 async def test_every_control_has_a_name_and_narrow_screens_lose_nothing(
-    watched: RunningCloud, page: Page, spot: Bitstream
+    watched: RunningCloud, page: Page, spot: Bitstream, red: Bitstream
 ) -> None:
-    async with watched.edge() as edge:
-        await edge.deliver("a-camera-with-a-very-long-name-" + 30 * "x", 1, spot)
-        for path in ("", "events", "system", "camera/a-camera-with-a-very-long-name-" + 30 * "x"):
-            await page.set_viewport_size({"width": 360, "height": 740})
+    async with watched.edge(64 * "e") as edge:
+        await edge.deliver(LONG, 0, red)
+        await edge.deliver(LONG, 1, spot)
+        hard = {  # what must have arrived before anything is measured
+            "": ".tile .found:text('kite')",
+            "events": f".results li:nth-child(2):has-text('{LONG}')",
+            "events?event=2": ".watch h2:text('kite')",
+            "events?event=1": ".watch dd:text('cannot look at red pictures')",
+            "system": f"table td:text('{LONG}')",
+            f"camera/{LONG}": ".facts dd:text('64')",
+            "camera/" + 64 * "y": ".blank h2:text('Nothing from this camera')",
+        }
+        await page.set_viewport_size({"width": 360, "height": 740})
+        for path, arrived in hard.items():
             await page.goto(watched.console + path)
             await expect(page.get_by_role("status").filter(has_text="Live")).to_be_visible()
+            await expect(page.locator(arrived)).to_be_visible()
             wide = await page.evaluate("document.documentElement.scrollWidth")
             assert wide <= 360, path
             nameless = await page.evaluate(
