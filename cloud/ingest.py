@@ -103,13 +103,17 @@ class IngestService(ingest_pb2_grpc.IngestServiceServicer):
         request_iterator: AsyncIterator[ingest_pb2.UploadRequest],
         context: "grpc.aio.ServicerContext[ingest_pb2.UploadRequest, ingest_pb2.UploadResponse]",
     ) -> None:
+        # Before the call may be refused: grpc.aio's callers make INTERNAL of a refusal that meets their first write.
+        first = await anext(request_iterator, None)
         pipeline = self._ready()
+        if first is None:
+            return
         stream = _UploadStream(pipeline, self._cloud_id, self._limits, self._draining, context)
         self._streams.add(stream)
         self._no_streams.clear()
         self._metrics.upload_streams.set(len(self._streams))
         try:
-            await stream.run(request_iterator)
+            await stream.run(first, request_iterator)
         finally:
             self._streams.discard(stream)
             self._metrics.upload_streams.set(len(self._streams))
@@ -206,11 +210,8 @@ class _UploadStream:
         """Bundles that the edge spoke of."""
         return set(self._models.values())
 
-    async def run(self, requests: AsyncIterator[ingest_pb2.UploadRequest]) -> None:
+    async def run(self, first: ingest_pb2.UploadRequest, requests: AsyncIterator[ingest_pb2.UploadRequest]) -> None:
         """Raises InvalidInput where the edge breaks the protocol."""
-        first = await anext(requests, None)
-        if first is None:
-            return
         await self._greet(first)
         reading = asyncio.create_task(self._read(requests))
         writing = asyncio.create_task(self._write())

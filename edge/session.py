@@ -87,9 +87,9 @@ class Session:
                     tasks.append(asyncio.create_task(self._send()))
                 else:
                     self._on_message(response)
-        except grpc.aio.AioRpcError as error:
-            reason = error.code().name.lower()
-            _log.warning("the upload stream ended", extra=facts(code=reason, detail=error.details()))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter where it ended before hello was written
+            reason = (await self._call.code()).name.lower()
+            _log.warning("the upload stream ended", extra=facts(code=reason, detail=await self._call.details()))
         except asyncio.CancelledError:
             if not self._stalled:
                 raise

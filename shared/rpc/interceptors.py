@@ -161,7 +161,7 @@ class _CheckedRequests:
     """A stream of requests that ends with InvalidInput at a malformed one."""
 
     def __init__(self, requests: AsyncIterator[Any]) -> None:
-        self._requests = requests.__aiter__()
+        self._requests = requests  # not asked for its iterator before it is read: one never used makes Python warn
 
     def __aiter__(self) -> "_CheckedRequests":
         return self
