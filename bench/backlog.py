@@ -121,10 +121,7 @@ async def fill(port: int, clock: Connection, *, hours: float, interval_s: float,
 
 
 async def drain(address: str, names: set[Any], bar: Any) -> tuple[int, int]:
-    """Reads the log until every name was there. Returns how many came twice, and how many out of their camera's order.
-
-    The cloud works on several frames of a camera at once; out of order is what a later batch overtook.
-    """
+    """Reads the log until every name was there. Returns how many came twice, and how many out of a camera's order."""
     missing, doubled, disorder = set(names), 0, 0
     last: dict[Any, int] = {}
     log_id, sequence = "", 0
@@ -222,7 +219,7 @@ def main() -> int:
         found = asyncio.run(run(Path(folder), **shape, plot=arguments.plot))
     json.dump(found, sys.stdout, indent=2)
     print()
-    return 1 if found["doubled"] else 0
+    return 1 if found["doubled"] or found["out_of_order"] else 0
 
 
 if __name__ == "__main__":

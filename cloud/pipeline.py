@@ -8,6 +8,9 @@ Every frame ends in exactly one record in the log, or is sent away with RETRY_LA
 another attempt could cure (a model not loaded here, no room, a full disk) is RETRY_LATER, never REJECTED. A frame whose
 record is in the log is PERSISTED again without work, and one that comes again while it is worked on shares that work.
 
+Frames are worked on together and finish in any order. The log gets those of one camera in the order in which they came:
+a record waits until the one before it was handed to the log, or its frame was sent away (`cloud.turns`).
+
 Work belongs to the pipeline and not to the stream that brought it: if the stream breaks, the work goes on and the
 resend finds its result.
 """
@@ -25,6 +28,7 @@ from cloud.detections.log import DetectionLog, FrameName
 from cloud.inference import Inference, Inferred
 from cloud.metrics import CloudMetrics
 from cloud.quarantine import Quarantine
+from cloud.turns import Turn, Turns
 from shared.codec import bitstream as bits
 from shared.codec.types import Bitstream
 from shared.errors import (
@@ -44,6 +48,7 @@ _UNKNOWN_MODEL_RETRY_MS = 10_000  # a model comes with a restart, not by itself
 _LOG_RETRY_MS = 2_000
 _LOG_PAUSE_S = 1.0  # after a failed write, frames are sent away without work for this long
 _ATTEMPTS = 2  # of the networks at one frame
+_PATIENCE_S = 60.0  # how long a record waits for its camera's one before; longer than any batch and its repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,7 @@ class Pipeline:
         self._on_seen = on_seen
         self._unix_us = unix_us
         self._running: dict[FrameName, asyncio.Task[Verdict]] = {}
+        self._turns = Turns(_PATIENCE_S)
         self._held_bytes = 0
         self.log_failure: LogFailure | None = None  # of the latest append; None once one succeeded
         self._closing = False
@@ -170,10 +176,11 @@ class Pipeline:
             refusal = self._refuse(frame)
             if refusal is not None:
                 return refusal
-            running = asyncio.create_task(self._carry(frame))
+            turn = self._turns.take(frame.name.camera)  # here: calls begin in the order in which frames came
+            running = asyncio.create_task(self._carry(frame, turn))
             self._running[frame.name] = running
             self._hold(frame.payload_bytes)
-            running.add_done_callback(lambda _: self._let_go(frame))
+            running.add_done_callback(lambda _: self._let_go(frame, turn))
         return await asyncio.shield(running)
 
     async def bury(self, tombstone: Tombstone) -> Verdict:
@@ -181,10 +188,13 @@ class Pipeline:
         event = self._event(tombstone.name, tombstone.edge_id, tombstone.outcome, tombstone.capture_us)
         event.reason = tombstone.reason
         event.received_time.CopyFrom(events.from_micros(tombstone.received_us))
+        turn = self._turns.take(tombstone.name.camera)
         try:
-            return await self._persist(tombstone.name, event)
+            return await self._persist(tombstone.name, event, turn)
         except Unavailable as error:
             return self._log_unavailable(str(error))
+        finally:
+            turn.end()
 
     async def close(self) -> None:
         """Takes nothing new and finishes what is held."""
@@ -192,12 +202,12 @@ class Pipeline:
         while self._running:
             await asyncio.gather(*self._running.values(), return_exceptions=True)
 
-    async def _carry(self, frame: ReceivedFrame) -> Verdict:
+    async def _carry(self, frame: ReceivedFrame, turn: Turn) -> Verdict:
         try:
             known = await self._log.find(frame.name)
             if known is not None:
                 return await self._already(known)
-            return await self._decide(frame)
+            return await self._decide(frame, turn)
         except UnknownModel as error:
             return self._retry(ingest_pb2.RETRY_REASON_UNKNOWN_MODEL, _UNKNOWN_MODEL_RETRY_MS, str(error))
         except Overloaded as error:
@@ -208,20 +218,20 @@ class Pipeline:
             _log.exception("a frame could not be carried to its end", extra=facts(frame=frame.name))
             return self._no_room("internal error; the cloud's log has the details")
 
-    async def _decide(self, frame: ReceivedFrame) -> Verdict:
+    async def _decide(self, frame: ReceivedFrame, turn: Turn) -> Verdict:
         try:
             late = self._too_late(frame)
             if late is None:
                 self._check(frame)
                 event = await self._see(frame)
                 if event is not None:
-                    return await self._persist(frame.name, event)
+                    return await self._persist(frame.name, event, turn)
                 late = self._too_late(frame) or "its time was over before its batch began"
         except _Rejected as rejected:
-            return await self._reject(frame, rejected)
+            return await self._reject(frame, rejected, turn)
         event = self._frame_event(frame, common_pb2.OUTCOME_EXPIRED)
         event.reason = late
-        return await self._persist(frame.name, event)
+        return await self._persist(frame.name, event, turn)
 
     def _check(self, frame: ReceivedFrame) -> None:
         """Everything that can be said of a frame without decoding it. Raises _Rejected, UnknownModel."""
@@ -269,23 +279,26 @@ class Pipeline:
         detail = f"the networks failed {_ATTEMPTS} times on this frame: {type(failure).__name__}: {failure}"
         raise _Rejected(ingest_pb2.REJECT_REASON_TASK_FAILED, detail) from failure
 
-    async def _reject(self, frame: ReceivedFrame, rejected: _Rejected) -> Verdict:
+    async def _reject(self, frame: ReceivedFrame, rejected: _Rejected, turn: Turn) -> Verdict:
         reason = ingest_pb2.RejectReason.Name(rejected.reason).removeprefix("REJECT_REASON_").lower()
         detail = str(rejected)
         await self._quarantine.put(frame.name, reason, detail, frame.edge_id, frame.bitstream, frame.capture_us)
         event = self._frame_event(frame, common_pb2.OUTCOME_REJECTED)
         event.reason = detail
-        verdict = await self._persist(frame.name, event)
+        verdict = await self._persist(frame.name, event, turn)
         if verdict.outcome != common_pb2.OUTCOME_REJECTED:  # another replica was first and could use it
             return verdict
         self._metrics.rejected.labels(reason).inc()
         _log.warning("rejected a frame: %s", detail, extra=facts(frame=frame.name, edge=frame.edge_id, reason=reason))
         return Verdict(ingest_pb2.ACK_STATE_REJECTED, verdict.outcome, reject_reason=rejected.reason, detail=detail)
 
-    async def _persist(self, name: FrameName, event: detection_pb2.DetectionEvent) -> Verdict:
+    async def _persist(self, name: FrameName, event: detection_pb2.DetectionEvent, turn: Turn) -> Verdict:
+        await turn.come()
         start = time.perf_counter()
         try:
-            appended = await self._log.append(name, event.SerializeToString())
+            appending = asyncio.create_task(self._log.append(name, event.SerializeToString()))
+            turn.end()  # whoever wakes by this begins after what was just made: one sync serves both
+            appended = await appending
         except Unavailable as error:
             self.log_failure = LogFailure(str(error), time.monotonic())
             raise
@@ -403,6 +416,7 @@ class Pipeline:
         self._metrics.in_flight_bytes.set(self._held_bytes)
         self._metrics.in_flight_frames.set(len(self._running))
 
-    def _let_go(self, frame: ReceivedFrame) -> None:
+    def _let_go(self, frame: ReceivedFrame, turn: Turn) -> None:
+        turn.end()
         del self._running[frame.name]
         self._hold(-frame.payload_bytes)

@@ -14,6 +14,9 @@ Why two streams: names must outlive content. Were the event itself the message t
 retention would take both together, or somebody would have to move names elsewhere without letting a resend slip in
 between. So the broker retires blocks by age and bytes, entries by age alone, and nothing has to be moved.
 
+Blocks are written side by side, entries of one camera in the order in which their events came: each is sent after the
+one before it, without waiting for the broker's answer.
+
 Cost: two acknowledged writes one after the other, and the first is shared by all that wait (group commit).
 
 An event larger than a block goes over several. A block that is gone makes its records unreadable: readers are told with
@@ -47,6 +50,7 @@ from cloud.detections.broker import (
 from cloud.detections.index import Entry, IndexReader, Place, subject_of
 from cloud.detections.log import Appended, FrameName, Record, Retention, Span
 from cloud.detections.tail import Tail
+from cloud.turns import Turn, Turns
 from shared.errors import CursorExpired, Unavailable
 from shared.logs import facts
 
@@ -64,6 +68,7 @@ _NOT_EMPTY = (10071, 10164)
 class _Append:
     name: FrameName
     event: bytes
+    turn: Turn
     done: "asyncio.Future[Appended]"
 
 
@@ -83,6 +88,7 @@ class JetStreamLog:
         self._trouble = ""  # why the follower is not following, empty if it is
         self._following: IndexReader | None = None
         self._replays: OrderedDict[int, IndexReader] = OrderedDict()  # by the sequence they go on after
+        self._turns = Turns(ANSWER_S)
         self._queue: asyncio.Queue[_Append | None] = asyncio.Queue()
         self._closed = False
         self._under_way: set[asyncio.Task[None]] = set()  # batches that are being written
@@ -121,9 +127,13 @@ class JetStreamLog:
 
     async def append(self, name: FrameName, event: bytes) -> Appended:
         self._require_connection()
-        request = _Append(name, event, asyncio.get_running_loop().create_future())
+        turn = self._turns.take(name.camera)
+        request = _Append(name, event, turn, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(request)
-        appended = await request.done
+        try:
+            appended = await request.done
+        finally:
+            turn.end()
         await self._until_readable(appended.sequence)
         return appended
 
@@ -222,22 +232,28 @@ class JetStreamLog:
 
     async def _decide(self, request: _Append, place: Place) -> None:
         try:
-            appended = await self._claim(request.name, place)
+            await request.turn.come()
+            appended = await self._claim(request, place)
         except Exception as error:
             _fail([request], error)
         else:
             if not request.done.done():
                 request.done.set_result(appended)
 
-    async def _claim(self, name: FrameName, place: Place) -> Appended:
+    async def _claim(self, request: _Append, place: Place) -> Appended:
         """Publishes the frame's entry if it has none."""
+        name = request.name
         headers = {str(Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value): "0"}
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ANSWER_S
         while True:
             try:
                 with broker_errors(f"{name} cannot be written"):
-                    ack = await self._js.publish(self._subject(name), place.to_bytes(), headers=headers)
+                    publishing = asyncio.create_task(
+                        self._js.publish(self._subject(name), place.to_bytes(), headers=headers)
+                    )
+                    request.turn.end()  # whoever wakes by this publishes after what was just made
+                    ack = await publishing
                 return Appended(ack.seq, new=True)
             except Unavailable as error:
                 if not (isinstance(error.__cause__, APIError) and error.__cause__.err_code in _NOT_EMPTY):

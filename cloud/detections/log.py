@@ -9,6 +9,8 @@ Invariants every backend keeps, held by tests/cloud/detections/test_conformance.
 * `append` returns after the record is durable, never before.
 * One record per key (camera, epoch, seq). A second append of a key changes nothing and says where the first went.
   Keys outlive the records' payload (`Retention.key_age_s`), so a late resend still finds its key.
+* Records of one camera become readable in the order in which `append` was called for them, but for those whose append
+  failed; calls need not wait for each other.
 * Sequences are positive, strictly increasing in the order records become readable, and never reused.
 * A reader that goes on from the last sequence it saw meets every later record once. If retention took some of them
   it gets CursorExpired instead, never a silent gap.

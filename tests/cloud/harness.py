@@ -16,7 +16,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from sightline.v1 import detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_pb2_grpc
+from sightline.v1 import common_pb2, detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 from torch import Tensor
 
 from cloud.admin import BundleAdmin
@@ -311,6 +311,14 @@ class Edge:
         self.frames -= 1
         self.bytes -= len(frame.hyper) + len(frame.latents)
         await self.call.write(ingest_pb2.UploadRequest(frame=frame))
+
+    async def tombstone(self, camera: str, seq: int, outcome: common_pb2.Outcome.ValueType) -> None:
+        """Tells the end of a frame that never comes, once there is credit."""
+        await self.until(lambda: self.frames > 0)
+        index = await self.camera(camera)
+        self.frames -= 1
+        tombstone = ingest_pb2.FrameTombstone(source_index=index, seq=seq, outcome=outcome, reason="no use")
+        await self.call.write(ingest_pb2.UploadRequest(tombstone=tombstone))
 
     def final(self, camera: str, seq: int) -> list[ingest_pb2.FrameAck]:
         index = self._cameras[camera]

@@ -11,10 +11,12 @@ import grpc
 import pytest
 from sightline.v1 import common_pb2, ingest_pb2, ingest_pb2_grpc
 
+from cloud.detections.log import FrameName
 from cloud.ingest import IngestService, StreamLimits
 from shared.codec import bitstream as bits
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream
+from shared.errors import Unavailable
 from tests.cloud.harness import EPOCH, Edge, RunningCloud, spot_frame
 
 StartCloud = Callable[..., Awaitable[RunningCloud]]
@@ -67,6 +69,51 @@ async def test_welcome_says_who_answers_what_it_decodes_and_how_much_it_takes(cl
         assert list(edge.welcome.model_ids) == list(cloud.inference.codecs)
         assert edge.welcome.max_frame_bytes == cloud.settings.max_frame_bytes
         assert (edge.frames, edge.bytes) == (cloud.settings.stream_credit_frames, cloud.settings.stream_credit_bytes)
+
+
+async def test_a_cameras_records_keep_the_order_of_its_frames_whichever_is_done_first(
+    start_cloud: StartCloud, spot: Bitstream, red: Bitstream
+) -> None:
+    cloud = await start_cloud(max_batch=4)
+    cloud.spot.seconds_a_batch = 0.2
+    async with cloud.edge() as edge:
+        await edge.send("gate", 1, spot)
+        await asyncio.to_thread(cloud.spot.busy.wait, 30)
+        await edge.send("gate", 2, red)  # fails, with its batch, then alone, and is tried once more
+        for seq in (3, 4):
+            await edge.send("gate", seq, spot)
+        await edge.tombstone("gate", 5, common_pb2.OUTCOME_EXPIRED)  # needs no work
+        await edge.tombstone("door", 1, common_pb2.OUTCOME_EXPIRED)
+        for seq in range(1, 6):
+            await edge.answer("gate", seq)
+    assert max(cloud.spot.batches) > 1
+    found = [(event.frame.camera_id, event.frame.seq, event.outcome) for event in await cloud.events()]
+    assert found[0] == ("door", 1, common_pb2.OUTCOME_EXPIRED)
+    assert [seq for _, seq, _ in found[1:]] == [1, 2, 3, 4, 5]
+    assert found[2][2] == common_pb2.OUTCOME_REJECTED
+
+
+async def test_a_frame_that_was_sent_away_holds_up_none_behind_it(
+    cloud: RunningCloud, spot: Bitstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, held = cloud.log.find, asyncio.Event()
+
+    async def find(name: FrameName) -> int | None:
+        if name == FrameName("gate", EPOCH, 1):
+            await held.wait()
+            raise Unavailable("the log's disk failed")
+        return await stuck(name)
+
+    monkeypatch.setattr(cloud.log, "find", find)
+    async with cloud.edge() as edge:
+        await edge.send("gate", 1, spot)
+        await edge.send("gate", 2, spot)
+        await edge.deliver("door", 1, spot)  # of another camera, so not held up
+        early = edge.final("gate", 2)
+        held.set()
+        assert not early
+        assert (await edge.answer("gate", 1)).state == L
+        assert (await edge.answer("gate", 2)).state == P
 
 
 async def test_a_resend_is_persisted_again_without_work_or_a_second_event(

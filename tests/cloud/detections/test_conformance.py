@@ -71,6 +71,16 @@ async def test_sequences_grow_in_reading_order_under_concurrent_appends(opener: 
     assert all(a.logged_ns <= b.logged_ns for a, b in itertools.pairwise(records))
 
 
+async def test_records_of_a_camera_keep_the_order_of_their_appends_though_none_was_waited_for(opener: Opener) -> None:
+    log = await opener()
+    sizes = [100_000 if seq % 3 else 10 for seq in range(30)]
+    appends = [log.append(name(seq, label), bytes(size)) for seq, size in enumerate(sizes) for label in "ab"]
+    await asyncio.gather(*appends)
+    records = await log.read(0, 1000)
+    for label in "ab":
+        assert [record.name.seq for record in records if record.name.camera == label] == list(range(30))
+
+
 async def test_records_keys_and_the_log_id_survive_a_restart_and_sequences_go_on(opener: Opener) -> None:
     log = await opener()
     last = [await log.append(name(seq), b"%d" % seq) for seq in range(5)][-1]

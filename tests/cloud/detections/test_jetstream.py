@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import nats
@@ -60,6 +60,29 @@ async def read_until(log: JetStreamLog, count: int) -> list[tuple[int, FrameName
             seen += [(record.sequence, record.name, record.event) for record in records]
             position = seen[-1][0]
     return seen
+
+
+async def test_a_block_that_takes_long_holds_up_its_cameras_later_records_and_no_others(
+    open_log: Open, broker: Broker, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await open_log(options(broker, unique))
+    store, others = log._blocks.store, asyncio.Event()
+
+    async def slow_at_first(events: Sequence[bytes]) -> list[Place]:
+        if events[0].startswith(b"slow"):
+            await others.wait()
+        return await store(events)
+
+    monkeypatch.setattr(log._blocks, "store", slow_at_first)
+    full = bytes(log._blocks.size)  # a block each
+    events = [(name(1), b"slow" + full), (name(2), full), (name(3), full), (name(1, "door"), full)]
+    appends = [asyncio.create_task(log.append(*each)) for each in events]
+    async with asyncio.timeout(60):
+        other = await appends[3]
+        early = [each.done() for each in appends[:3]]
+        others.set()
+        assert (other.sequence, early) == (1, [False] * 3)
+        assert [each.sequence for each in await asyncio.gather(*appends[:3])] == [2, 3, 4]
 
 
 async def append_surely(log: JetStreamLog, name: FrameName, event: bytes, refused: list[Unavailable]) -> Appended:
