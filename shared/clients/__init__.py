@@ -1,7 +1,7 @@
 """Python clients of both services: a camera's, and a consumer's.
 
     CameraClient, AsyncCameraClient            pictures in, receipts back
-    DetectionClient, AsyncDetectionClient      detection events, and Detect
+    DetectionClient, AsyncDetectionClient      detection events, Detect and Review
 
 Errors are those of `shared.errors`, as the server raised them.
 """
@@ -29,6 +29,7 @@ from shared.clients.types import (
     Progress,
     Receipt,
     ReceiptState,
+    Reviewed,
     Start,
     TaskResult,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "Receipt",
     "ReceiptState",
     "Retry",
+    "Reviewed",
     "Start",
     "StartAt",
     "TaskResult",

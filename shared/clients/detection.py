@@ -12,8 +12,8 @@ was asked for.
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
 
 import grpc
 from sightline.v1 import detection_pb2, detection_pb2_grpc, ingest_pb2, ingest_pb2_grpc
@@ -23,13 +23,14 @@ from shared.clients.connection import AsyncLine, BlockingLine, Connection
 from shared.clients.cursor_file import CursorFile
 from shared.clients.messages import StartAt
 from shared.clients.retry import Attempts, Retry
-from shared.clients.types import Detected, DetectionEvent, EventFilter, Progress, Start
+from shared.clients.types import Detected, DetectionEvent, EventFilter, FrameName, Progress, Reviewed, Start
 from shared.errors import SightlineError, Unavailable
 from shared.logs import facts
 from shared.rpc.status import from_rpc_error
 
 _log = logging.getLogger("sightline.clients")
 CALL_S = 60.0
+_Answer = TypeVar("_Answer")
 
 
 class _Place:
@@ -64,6 +65,14 @@ def _interrupted(attempts: Attempts, error: SightlineError) -> float:
     return pause_s
 
 
+def _detection(channel: grpc.Channel | grpc.aio.Channel) -> Any:
+    return detection_pb2_grpc.DetectionServiceStub(channel)
+
+
+def _ingest(channel: grpc.Channel | grpc.aio.Channel) -> Any:
+    return ingest_pb2_grpc.IngestServiceStub(channel)
+
+
 _ENDED = "the server ended the subscription"
 _CLOSED = "the client is closed"
 
@@ -72,7 +81,7 @@ class DetectionClient:
     """Reads detections from a cloud, from any thread.
 
     `cloud`: host:port, or a Connection. `retry`: how a broken subscription is resumed and a failed call repeated.
-    `call_s`: deadline of one attempt of `detect`, seconds. Raises InvalidSettings.
+    `call_s`: deadline of one attempt of `detect` or `review`, seconds. Raises InvalidSettings.
     """
 
     def __init__(self, cloud: str | Connection, *, retry: Retry | None = None, call_s: float = CALL_S) -> None:
@@ -121,9 +130,8 @@ class DetectionClient:
         attempts = Attempts(self._retry)
         try:
             while not self._closed.is_set():
-                stub = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
                 try:
-                    call = stub.Subscribe(place.request())
+                    call = _detection(self._line.channel()).Subscribe(place.request())
                 except ValueError:  # the channel was closed meanwhile
                     continue
                 error: SightlineError = Unavailable(_ENDED)
@@ -151,26 +159,32 @@ class DetectionClient:
         request = detection_pb2.DetectRequest(
             bitstream=bitstream, tasks=tasks, min_score=min_score, return_image=return_image
         )
-        attempts = Attempts(self._retry)
-        while True:
-            try:
-                stub = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
-                return messages.detected(stub.Detect(request, timeout=self._call_s))
-            except grpc.RpcError as error:
-                pause_s = attempts.failed(from_rpc_error(error))
-            except ValueError:  # how gRPC says that the channel was closed
-                if self._closed.is_set():
-                    raise Unavailable(_CLOSED) from None
-                continue  # by a renewed certificate, between taking it and calling
-            self._closed.wait(pause_s)
+        return messages.detected(self._call(lambda channel: _detection(channel).Detect(request, timeout=self._call_s)))
+
+    def review(self, frame: FrameName, *, quality: float | None = None, return_bitstream: bool = False) -> Reviewed:
+        """An event's picture. `quality` None: as the task models saw it, from the bitstream that the cloud kept; in
+        [1, 8]: coded again at that quality by its edge, where that keeps originals.
+
+        Raises NotFound where bitstream, original or event is not kept, InvalidQuality, PermissionDenied and what else
+        the cloud answers; Unavailable where the edge is not connected, Overloaded where there is no room, once retries
+        are given up.
+        """
+        request = messages.review_request(frame, quality, return_bitstream)
+        return messages.reviewed(self._call(lambda channel: _detection(channel).Review(request, timeout=self._call_s)))
 
     def categories(self) -> dict[int, str]:
         """Names by COCO category id, of all tasks that the cloud has."""
+        request = ingest_pb2.ListModelsRequest()
+        return messages.categories(
+            self._call(lambda channel: _ingest(channel).ListModels(request, timeout=self._call_s))
+        )
+
+    def _call(self, ask: Callable[[grpc.Channel], _Answer]) -> _Answer:
+        """One unary call, with retries."""
         attempts = Attempts(self._retry)
         while True:
             try:
-                stub = ingest_pb2_grpc.IngestServiceStub(self._line.channel())
-                return messages.categories(stub.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s))
+                return ask(self._line.channel())
             except grpc.RpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
             except ValueError:  # how gRPC says that the channel was closed
@@ -230,8 +244,7 @@ class AsyncDetectionClient:
         attempts = Attempts(self._retry)
         try:
             while True:
-                stub: Any = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
-                call = stub.Subscribe(place.request())
+                call = _detection(self._line.channel()).Subscribe(place.request())
                 error: SightlineError = Unavailable(_ENDED)
                 try:
                     async for response in call:
@@ -255,23 +268,32 @@ class AsyncDetectionClient:
         request = detection_pb2.DetectRequest(
             bitstream=bitstream, tasks=tasks, min_score=min_score, return_image=return_image
         )
-        attempts = Attempts(self._retry)
-        while True:
-            try:
-                stub: Any = detection_pb2_grpc.DetectionServiceStub(self._line.channel())
-                return messages.detected(await stub.Detect(request, timeout=self._call_s))
-            except grpc.aio.AioRpcError as error:
-                pause_s = attempts.failed(from_rpc_error(error))
-            await asyncio.sleep(pause_s)
+        return messages.detected(
+            await self._call(lambda channel: _detection(channel).Detect(request, timeout=self._call_s))
+        )
+
+    async def review(
+        self, frame: FrameName, *, quality: float | None = None, return_bitstream: bool = False
+    ) -> Reviewed:
+        """As DetectionClient.review."""
+        request = messages.review_request(frame, quality, return_bitstream)
+        return messages.reviewed(
+            await self._call(lambda channel: _detection(channel).Review(request, timeout=self._call_s))
+        )
 
     async def categories(self) -> dict[int, str]:
         """As DetectionClient.categories."""
+        request = ingest_pb2.ListModelsRequest()
+        return messages.categories(
+            await self._call(lambda channel: _ingest(channel).ListModels(request, timeout=self._call_s))
+        )
+
+    async def _call(self, ask: Callable[[grpc.aio.Channel], Awaitable[_Answer]]) -> _Answer:
+        """One unary call, with retries."""
         attempts = Attempts(self._retry)
         while True:
             try:
-                stub: Any = ingest_pb2_grpc.IngestServiceStub(self._line.channel())
-                asked = stub.ListModels(ingest_pb2.ListModelsRequest(), timeout=self._call_s)
-                return messages.categories(await asked)
+                return await ask(self._line.channel())
             except grpc.aio.AioRpcError as error:
                 pause_s = attempts.failed(from_rpc_error(error))
             await asyncio.sleep(pause_s)

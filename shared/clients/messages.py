@@ -29,9 +29,11 @@ from shared.clients.types import (
     Progress,
     Receipt,
     ReceiptState,
+    Reviewed,
     Start,
     TaskResult,
 )
+from shared.codec.types import quality_to_steps
 from shared.errors import InvalidImage, InvalidInput, SightlineError
 
 # A JPEG, PNG or WebP file, as its bytes or its path; or pixels: uint8 [height, width, 3] RGB or [height, width] grey.
@@ -152,6 +154,28 @@ def detected(message: detection_pb2.DetectResponse) -> Detected:
         quality=message.quality,
         image_png=message.image_png,
         timings=_cloud_timings(message.timings),
+    )
+
+
+def review_request(frame: FrameName, quality: float | None, return_bitstream: bool) -> detection_pb2.ReviewRequest:
+    """Raises InvalidQuality."""
+    if quality is not None:
+        quality_to_steps(quality)  # 0 would say "as it was seen"
+    return detection_pb2.ReviewRequest(
+        frame=common_pb2.FrameName(camera_id=frame.camera_id, epoch=frame.epoch, seq=frame.seq),
+        quality=quality or 0.0,
+        return_bitstream=return_bitstream,
+    )
+
+
+def reviewed(message: detection_pb2.ReviewResponse) -> Reviewed:
+    return Reviewed(
+        image_png=message.image_png,
+        width=message.width,
+        height=message.height,
+        model_id=message.model_id,
+        quality=message.quality,
+        bitstream=message.bitstream,
     )
 
 

@@ -1,7 +1,7 @@
 """What callers of the two services hold in their hands: frozen dataclasses without protobuf.
 
     camera side      CompressOptions -> Receipt
-    consumer side    Start, Cursor, EventFilter -> DetectionEvent, Progress; Detected
+    consumer side    Start, Cursor, EventFilter -> DetectionEvent, Progress; Detected; Reviewed
 
 Units as in the wire contract (proto/sightline/v1): sizes and coordinates in pixels, x to the right, y down, (0, 0) the
 outer corner of the top left pixel; times are aware datetimes in UTC; `_ms` is milliseconds.
@@ -270,6 +270,19 @@ class Detected:
     def detections(self) -> tuple[Detection, ...]:
         """Those of all tasks, in the tasks' order."""
         return tuple(one for result in self.results for one in result.detections)
+
+
+@dataclass(frozen=True, slots=True)
+class Reviewed:
+    """A frame's picture, for a person: `image_png` of `width` x `height` pixels, coded at `quality` in [1, 8] with the
+    bundle `model_id`. `bitstream` is the file form (.slc) where it was asked for, else empty."""
+
+    image_png: bytes = field(repr=False)
+    width: int
+    height: int
+    model_id: str
+    quality: float
+    bitstream: bytes = field(repr=False)
 
 
 def _runs(counts: bytes) -> list[int]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,7 +25,7 @@ async def services(start_cloud: StartCloud, running_edge: RunningEdge) -> AsyncI
     """Addresses of an edge and the cloud it delivers to."""
     cloud = await start_cloud()
     address = f"127.0.0.1:{cloud.server.port}"
-    async with running_edge(cloud=address) as (edge, _):
+    async with running_edge(cloud=address, originals_max_bytes="8MiB") as (edge, _):
         yield f"127.0.0.1:{edge.server.port}", address
 
 
@@ -81,6 +82,15 @@ async def test_every_example_does_what_it_says(services: Addresses, picture: Pat
 
     tally = await run("tally.py", cloud)
     assert sorted(tally) == ["example: 1 kite", "own: 2 kite", "there-and-back: 1 kite"]
+
+    pictures = tmp_path / "pictures"
+    looked = await run("look_again.py", cloud, pictures)
+    seqs = {"example": [1], "own": [1, 2], "there-and-back": [1]}
+    names = [f"{camera}-{seq}-{kind}.png" for camera in seqs for seq in seqs[camera] for kind in ("finer", "seen")]
+    assert sorted(looked) == [str(pictures / name) for name in names]
+    seen, finer = (np.asarray(Image.open(pictures / f"example-1-{kind}.png")).astype(int) for kind in ("seen", "finer"))
+    true = spot_frame().rgb
+    assert np.square(finer - true).mean() < np.square(seen - true).mean()  # it was sent at quality 5
 
 
 def test_every_example_is_run_and_named_in_the_quickstart() -> None:

@@ -1,6 +1,7 @@
 """The consumer's client against a real cloud and log: resume without gap or double, cursors over runs, and Detect."""
 
 import asyncio
+import io
 import os
 import threading
 from contextlib import aclosing
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco
 
 from cloud.masks import encode_mask
@@ -17,6 +19,7 @@ from shared.clients import (
     DetectionClient,
     DetectionEvent,
     EventFilter,
+    FrameName,
     Mask,
     Outcome,
     Progress,
@@ -24,9 +27,11 @@ from shared.clients import (
     Start,
 )
 from shared.codec.bitstream import to_bytes
+from shared.codec.codec import Codec
 from shared.codec.types import Bitstream
-from shared.errors import CursorMismatch, InvalidBitstream, InvalidInput, Unavailable
+from shared.errors import CursorMismatch, InvalidBitstream, InvalidInput, InvalidQuality, NotFound, Unavailable
 from tests.cloud.conftest import StartCloud
+from tests.cloud.harness import RunningCloud
 from tests.shared.clients.conftest import Clients
 
 PATIENT = Retry(give_up_s=60)
@@ -144,6 +149,38 @@ async def test_detect_answers_past_the_log(start_cloud: StartCloud, clients: Cli
         await consumer.detect(b"nonsense")
     assert await cloud.events() == []
     await clients.close()
+
+
+async def test_review_gives_the_picture_of_an_event_and_says_why_it_has_none(
+    start_cloud: StartCloud, clients: Clients, spot: Bitstream, codec: Codec
+) -> None:
+    cloud = await start_cloud()
+    async with cloud.edge() as edge:
+        await edge.deliver("gate", 1, spot)
+        consumer = clients.detections(f"127.0.0.1:{cloud.server.port}", retry=Retry(give_up_s=0))
+        async with aclosing(consumer.events(Start.BEGINNING)) as events:
+            frame = (await anext(events)).frame
+        seen = await consumer.review(frame, return_bitstream=True)
+        assert (seen.width, seen.height, seen.quality, seen.model_id) == (64, 64, 8.0, codec.model_id)
+        assert seen.bitstream == to_bytes(spot)
+        picture = np.asarray(Image.open(io.BytesIO(seen.image_png))).astype(int)
+        assert np.abs(picture - codec.decode(spot).rgb).max() <= 1
+        assert (await consumer.review(frame)).bitstream == b""
+        with pytest.raises(NotFound, match="keeps no originals"):
+            await consumer.review(frame, quality=8)
+        with pytest.raises(NotFound, match="not kept"):
+            await consumer.review(FrameName("gate", 1, 2))
+        with pytest.raises(InvalidQuality, match="got 0"):
+            await consumer.review(frame, quality=0)
+    await until_no_stream(cloud)
+    with pytest.raises(Unavailable, match="not connected"):
+        await consumer.review(frame, quality=8)
+    await clients.close()
+
+
+async def until_no_stream(cloud: RunningCloud) -> None:
+    async with asyncio.timeout(60):
+        await cloud.ingest.until_idle()
 
 
 async def test_closing_a_blocking_client_ends_its_subscription_in_another_thread(start_cloud: StartCloud) -> None:
