@@ -33,8 +33,8 @@ from sightline.v1 import common_pb2, detection_pb2_grpc
 
 from bench.chaos_parts import camera, consumer, name_of, service, subscription
 
-START_S = 180.0
-SETTLE_S = 180.0
+START_S = 600.0  # on a machine that is busy with other things; nothing is timed here
+SETTLE_S = 600.0
 Name = tuple[str, int, int]
 
 _forked = multiprocessing.get_context("forkserver")

@@ -325,7 +325,7 @@ class Spool:
                 self._file = self._open()
             with self._file.transaction():
                 self._file.sweep(self._clock_us())
-            self._file.shrink()
+            self._file.shrink(tight=self._disk_full)
             for frame_id, watchers in list(self._watchers.items()):
                 self._watchers[frame_id] = [watcher for watcher in watchers if not watcher.cancelled()]
                 if not self._watchers[frame_id]:

@@ -37,6 +37,9 @@ from shared.quarantine import Quarantined
 
 APPLICATION_ID = 0x534C5350  # "SLSP"
 FORMAT = 1
+_STEP_PAGES = 256  # of 4 KiB, given back to the disk in one transaction
+_TIGHT_STEPS = 16  # at once, where the disk is full
+_SLACK_PAGES = 1024  # empty pages that are kept for the next frames, where it is not
 WAL_ROOM_BYTES = 8 << 20  # what the WAL may need beside one transaction before it is checkpointed
 
 _SCHEMA = """
@@ -290,9 +293,20 @@ class SpoolFile:
             ).rowcount
         quarantine.bound(self._db, limits.quarantine_frames, limits.quarantine_bytes)
 
-    def shrink(self) -> None:
-        """Gives empty pages back to the disk, some at a time. Outside a transaction."""
-        self._db.execute("PRAGMA incremental_vacuum(1024)").fetchall()
+    def shrink(self, *, tight: bool) -> None:
+        """Gives empty pages back to the disk, some at a time. Outside a transaction.
+
+        `tight`: the disk is full. Pages are then moved in steps that the WAL has room for, and each is folded in at
+        once, since the file becomes shorter only by that.
+        """
+        for _ in range(_TIGHT_STEPS if tight else 1):
+            if tight:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            (empty,) = self._db.execute("PRAGMA freelist_count").fetchone()
+            if empty <= (0 if tight else _SLACK_PAGES):
+                return
+            # As a script: Python ends other statements that give no columns at their first step, which is one page.
+            self._db.executescript(f"PRAGMA incremental_vacuum({_STEP_PAGES})")
 
     def quarantined(self, after_id: int, limit: int) -> list[Quarantined]:
         """Rejected frames that are kept, oldest first."""

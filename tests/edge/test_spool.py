@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from edge.spool import Spool
-from edge.spool_file import Limits
+from edge.spool_file import Limits, SpoolFile, Tally
 from edge.spool_rows import Draft, Entry, Final, Outcome
 from shared.codec.types import Bitstream
 from shared.errors import InvalidSettings, Overloaded, TokenConflict, Unavailable
@@ -73,9 +74,10 @@ async def everything(spool: Spool, **options: object) -> list[Entry]:
 
 
 async def swept(spool: Spool, done: Callable[[], bool]) -> None:
-    """Waits for the writer's next round."""
-    while not done():
-        await asyncio.sleep(0.05)
+    """Waits for what the writer does in one of its next rounds."""
+    async with asyncio.timeout(120):
+        while not done():
+            await asyncio.sleep(0.05)
 
 
 @pytest.fixture
@@ -391,6 +393,58 @@ async def test_a_full_disk_refuses_puts_lets_deletes_through_and_mends_itself(pa
                 await asyncio.sleep(0.1)
         assert placed.name.seq > 1
         assert (path.parent / "spool.sqlite.reserve").exists()
+
+
+def test_a_file_that_was_emptied_becomes_short_again(path: Path) -> None:
+    file = SpoolFile(path, LIMITS, Tally())
+    with file.transaction():
+        kept = [file.put(draft(number, size=60_000), 1).id for number in range(300)]
+    with file.transaction():
+        for frame_id in kept:
+            file.finish(Final(frame_id, Outcome.DETECTIONS, ""), 1)
+    for _ in range(20):
+        file.shrink(tight=False)
+    file.close()
+    assert path.stat().st_size < 6 << 20, "of 18 MiB, but for the room that is kept for the next frames"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MiB."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("a small file system can be mounted by root only")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+async def test_a_disk_that_really_fills_up_keeps_every_receipt_and_mends_itself(small_disk: Path) -> None:
+    path = small_disk / "spool.sqlite"
+    kept: dict[int, int] = {}
+    async with opened(path) as spool:
+        with pytest.raises(Overloaded, match="disk is full"):
+            for number in range(1000):
+                placed, _ = await spool.put(draft(number, size=60_000))
+                kept[placed.id] = number
+        await swept(spool, lambda: not spool.stats.writable)
+        entries = await everything(spool)
+        assert {entry.id: entry.bitstream for entry in entries} == {
+            id_: draft(number, size=60_000).bitstream for id_, number in kept.items()
+        }
+        gone = list(kept)[len(kept) // 4 :]
+        for first in range(0, len(gone), 16):  # as acknowledgements come
+            await spool.finish([Final(id_, Outcome.DETECTIONS, "") for id_ in gone[first : first + 16]])
+        await swept(spool, lambda: spool.stats.writable)
+        placed, _ = await spool.put(draft(5000, size=60_000))
+    async with opened(path) as spool:
+        left = {entry.id for entry in await everything(spool)}
+    assert left == {placed.id, *list(kept)[: len(kept) // 4]}
 
 
 async def test_two_edges_cannot_share_a_file(path: Path) -> None:
