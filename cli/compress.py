@@ -13,7 +13,10 @@ from cli.pictures import MADE_BY, encode_png, read_frame
 from cli.progress import for_each
 
 if TYPE_CHECKING:
-    from shared.codec.types import Bitstream
+    from collections.abc import Callable
+
+    from shared.codec.codec import Codec
+    from shared.codec.types import Bitstream, Frame
 
 DEFAULT_QUALITY = 4.0
 
@@ -37,11 +40,23 @@ def compress(
     model: Annotated[
         str, typer.Option("--model", metavar="ID", help="Codec: a bundled name, a bundle's folder or a model id.")
     ] = "detection",
+    effort: Annotated[
+        int,
+        typer.Option(
+            "--effort",
+            min=0,
+            metavar="N",
+            help="Gradient steps that better each picture's latents for the codec's task network: slow, about a second "
+            "a step. Any decoder reads the result.",
+        ),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Code pictures for machines: a.jpg becomes DIR/a.slc."""
     if quality is not None and target_bytes is not None:
         raise typer.BadParameter("--quality and --target-bytes cannot both be given")
+    if effort and target_bytes is not None:
+        raise typer.BadParameter("--effort and --target-bytes cannot both be given: effort changes the size")
     jobs = plan(expand(inputs, PICTURE_SUFFIXES), output, BITSTREAM_SUFFIX)
     quality = DEFAULT_QUALITY if quality is None else quality
 
@@ -53,15 +68,21 @@ def compress(
 
     codec = Codec.load(find_named(model))
     codec.encode(Frame(np.zeros((64, 64, 3), np.uint8)))  # starts the kernels: that is no file's encode_ms
+    labour = labourer(codec, effort) if effort else None
     make_folder(output)
     read_bytes = written_bytes = 0
+
+    def encode(frame: Frame) -> "Bitstream":
+        if target_bytes is not None:
+            return codec.encode_to_size(frame, target_bytes)
+        return codec.encode(frame, quality) if labour is None else labour(frame, quality)
 
     def work(job: Job) -> None:
         nonlocal read_bytes, written_bytes
         picture = job.source.read_bytes()
         frame = read_frame(picture)
         start = time.perf_counter()
-        bitstream = codec.encode(frame, quality) if target_bytes is None else codec.encode_to_size(frame, target_bytes)
+        bitstream = encode(frame)
         data = to_bytes(bitstream)
         encode_ms = 1000 * (time.perf_counter() - start)
         write_atomically(job.target, data)
@@ -75,6 +96,31 @@ def compress(
     finally:
         if not as_json and len(jobs) > 1 and written_bytes:
             print(f"{read_bytes:,} bytes became {written_bytes:,}: {read_bytes / written_bytes:.1f} times fewer")
+
+
+def labourer(codec: "Codec", steps: int) -> "Callable[[Frame, float], Bitstream]":
+    """Encodes a frame at a quality with `steps` steps of effort, as its bundle was trained. Raises InvalidBundle."""
+    from shared.errors import InvalidBundle
+    from trainer.effort import encode_with_effort
+    from trainer.frozen import load_frozen
+    from trainer.losses import TaskLoss
+    from trainer.schedule import Schedule
+
+    info = codec.bundle.info
+    network = info.get("task_network")
+    if not isinstance(network, str) or network == "imagenet":
+        raise InvalidBundle(
+            f"{codec.bundle.name}: --effort needs a bundle trained through a task network, got {network!r}"
+        )
+    frozen = load_frozen(network, None)
+    schedule = Schedule(**info["provenance"]["schedule"])
+
+    def encode(frame: "Frame", quality: float) -> "Bitstream":
+        # a task loss of its own for each picture: it is calibrated on that picture, whichever came before
+        task = TaskLoss(frozen, "features")
+        return encode_with_effort(codec, frame, quality, task, steps=steps, schedule=schedule).bitstream
+
+    return encode
 
 
 COMPRESSED = (

@@ -55,6 +55,21 @@ def test_json_is_one_line_a_file_and_tells_the_truth(sightline: Sightline, pictu
     assert (rows[1]["width"], rows[1]["height"]) == (100, 131)
 
 
+def test_effort_finds_other_latents_that_any_decoder_reads(
+    sightline: Sightline, pictures: Path, tmp_path: Path
+) -> None:
+    for folder, effort in (("plain", "0"), ("effort", "4"), ("again", "4")):
+        ended = sightline("compress", pictures / "chelsea.png", "-o", tmp_path / folder, "-q", "6", "--effort", effort)
+        assert ended.code == 0, ended.err
+    plain, effort, again = ((tmp_path / name / "chelsea.slc").read_bytes() for name in ("plain", "effort", "again"))
+    assert effort != plain
+    assert effort == again
+    assert sightline("decompress", tmp_path / "effort", "-o", tmp_path / "decoded").code == 0
+    refused = sightline("compress", pictures, "-o", tmp_path / "x", "--effort", "4", "--target-bytes", "900")
+    assert refused.code == 2
+    assert "--effort and --target-bytes" in refused.err
+
+
 def test_a_higher_quality_costs_more_bytes(sightline: Sightline, pictures: Path, tmp_path: Path) -> None:
     sizes = []
     for quality in (1, 4, 8):
