@@ -1,37 +1,31 @@
 """Entropy coder against its peers: ns a symbol and bytes above the entropy, all in one process on the same symbols.
 
-    python -m bench.entropy [--json]
+    sightline bench entropy [--short] [--json]
 
 192 x 68 x 120 symbols (the latents of a 1080p frame with 192 channels) are drawn from Gaussians of scale indexes that
 are spread evenly over the 64 ("uniform"), or crowd at the small ones as those of natural pictures do ("natural").
 Nothing is skipped. Peers: `compressai.ans`, given tables and lists ready-made, and `constriction` with its quantised
 Gaussians. Times are of the calling thread on the processor, because a wall clock also measures what else the machine
 does; the row for two threads is the wall clock's. In each round each coder runs four times and the last counts,
-when memory and caches are its own. Medians, and the least, of several rounds.
+when memory and caches are its own. Medians and quartiles of several rounds.
 """
 
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import constriction
-import numba
 import numpy as np
 import torch
 from compressai import ans
 from compressai.entropy_models import GaussianConditional
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from bench.report import Report, Say, run
+from bench.timing import Sample, sample
 from shared.codec import rans
 from shared.codec.tables import EntropyTables, gaussian_tables
 
@@ -43,18 +37,15 @@ ROUNDS = 7
 
 @dataclass(frozen=True)
 class Row:
-    """One coder on one distribution. `over_percent`: bytes above the entropy of the Gaussians that were drawn from."""
+    """One coder on one distribution, ns a symbol. `over_percent`: bytes above the entropy of the Gaussians that were
+    drawn from."""
 
     distribution: str
     coder: str
-    encode_ns: float
-    encode_least_ns: float
-    decode_ns: float
-    decode_least_ns: float
+    encode: Sample
+    decode: Sample
     bits_per_symbol: float
     over_percent: float
-    encode_ratio: float  # compressai's time over this one's
-    decode_ratio: float
 
 
 @dataclass(frozen=True)
@@ -65,11 +56,11 @@ class _Coder:
     size: Callable[[Any], int]
 
 
-def measure(rounds: int = ROUNDS) -> list[Row]:
+def measure_coders(rounds: int = ROUNDS, shape: tuple[int, int, int] = SHAPE) -> list[Row]:
     """All coders on both distributions. Every decode is compared with what was encoded."""
     tables = gaussian_tables(SCALES)
     rng = np.random.default_rng(0)
-    n = int(np.prod(SHAPE))
+    n = int(np.prod(shape))
     spreads = {
         "uniform": rng.integers(0, 64, n).astype(np.uint8),
         "natural": np.minimum(np.abs(rng.normal(0, 16, n)), 63).astype(np.uint8),
@@ -81,11 +72,11 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     return rows
 
 
-def measure_threads(rounds: int = ROUNDS) -> dict[str, float]:
+def measure_threads(rounds: int = ROUNDS, shape: tuple[int, int, int] = SHAPE) -> dict[str, float]:
     """Wall-clock speed-up of two threads over one, on one frame (shared chunks) and on two frames."""
     tables = gaussian_tables(SCALES)
     rng = np.random.default_rng(1)
-    indexes = np.minimum(np.abs(rng.normal(0, 16, int(np.prod(SHAPE)))), 63).astype(np.uint8)
+    indexes = np.minimum(np.abs(rng.normal(0, 16, int(np.prod(shape)))), 63).astype(np.uint8)
     symbols = np.rint(rng.normal(0, SCALES[indexes])).astype(np.int32)
     data = rans.encode(symbols, indexes, tables)
     with ThreadPoolExecutor(2) as pool:
@@ -106,41 +97,31 @@ def measure_threads(rounds: int = ROUNDS) -> dict[str, float]:
         return {name: _wall(one, rounds) / _wall(two, rounds) for name, (one, two) in works.items()}
 
 
-def run(*, as_json: bool = False) -> None:
-    """Measure, and print tables or one JSON object."""
-    rows, threads = measure(), measure_threads()
-    machine = {
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "numba": numba.__version__,
-        "compressai": version("compressai"),
-        "constriction": version("constriction"),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-    if as_json:
-        print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows], "two_threads": threads}, indent=2))
-        return
-    console = Console(width=120)
-    table = Table(title=f"{'x'.join(map(str, SHAPE))} symbols, one core, {machine['processor']}")
-    for column in ("symbols", "coder", "encode ns", "decode ns", "encode x", "decode x", "bits", "over entropy"):
-        table.add_column(column, justify="left" if column in ("symbols", "coder") else "right")
+def measure(short: bool, say: Say) -> Report:
+    """Figures of both distributions and of two threads."""
+    report = Report("entropy", "rANS beside its peers, ns a symbol", {"symbols": "x".join(map(str, SHAPE)), "seed": 0})
+    rounds = 2 if short else ROUNDS
+    say("one core")
+    rows = measure_coders(rounds, (24, 34, 60) if short else SHAPE)
     for row in rows:
-        table.add_row(
-            row.distribution,
-            row.coder,
-            f"{row.encode_ns:.2f} ({row.encode_least_ns:.2f})",
-            f"{row.decode_ns:.2f} ({row.decode_least_ns:.2f})",
-            f"{row.encode_ratio:.1f}",
-            f"{row.decode_ratio:.1f}",
-            f"{row.bits_per_symbol:.4f}",
-            f"{row.over_percent:+.3f} %",
-        )
-    console.print(table)
-    console.print("ns a symbol: median (least); x: compressai's median over this one's.")
-    console.print(f"Targets: >= {TARGET_RATIO:g} x and <= {TARGET_NS:g} ns, both ways.")
-    console.print("Two threads, wall clock: " + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in threads.items()))
-    console.print(json.dumps(machine))
+        if row.coder == "sightline":
+            peer = next(each for each in rows if (each.distribution, each.coder) == (row.distribution, "compressai"))
+            for name, ours, theirs in (("encode", row.encode, peer.encode), ("decode", row.decode, peer.decode)):
+                report.add(
+                    f"{name}, {row.distribution}", ours, "ns",
+                    peer=(peer.coder, theirs), at_most=TARGET_NS, ratio_at_least=TARGET_RATIO,
+                )  # fmt: skip
+            report.add(f"above the entropy, {row.distribution}", row.over_percent, "%")
+        elif row.coder != "compressai":
+            report.add(f"{row.coder}: encode, {row.distribution}", row.encode, "ns")
+            report.add(f"{row.coder}: decode, {row.distribution}", row.decode, "ns")
+    say("two threads")
+    for name, ratio in measure_threads(rounds, (24, 34, 60) if short else SHAPE).items():
+        report.add(f"two threads over one, {name}", ratio, "x")
+    report.notes.append(
+        "Times on one core are the calling thread's on the processor, those of two threads the wall clock's."
+    )
+    return report
 
 
 def _measure_distribution(
@@ -173,25 +154,17 @@ def _measure_distribution(
             if not np.array_equal(np.asarray(decoded, np.int32), symbols):
                 raise AssertionError(f"{coder.name} gave back other symbols")
     nanoseconds = {name: [[t / len(symbols) * 1e9 for t in part] for part in both] for name, both in times.items()}
-    peer = [statistics.median(part) for part in nanoseconds["compressai"]]
-    rows = []
-    for coder in coders:
-        encode, decode = nanoseconds[coder.name]
-        bits = 8 * sizes[coder.name]
-        row = Row(
+    return [
+        Row(
             distribution=name,
             coder=coder.name,
-            encode_ns=statistics.median(encode),
-            encode_least_ns=min(encode),
-            decode_ns=statistics.median(decode),
-            decode_least_ns=min(decode),
-            bits_per_symbol=bits / len(symbols),
-            over_percent=(bits / entropy - 1) * 100,
-            encode_ratio=peer[0] / statistics.median(encode),
-            decode_ratio=peer[1] / statistics.median(decode),
+            encode=sample(nanoseconds[coder.name][0]),
+            decode=sample(nanoseconds[coder.name][1]),
+            bits_per_symbol=8 * sizes[coder.name] / len(symbols),
+            over_percent=(8 * sizes[coder.name] / entropy - 1) * 100,
         )
-        rows.append(row)
-    return rows
+        for coder in coders
+    ]
 
 
 def _compressai(symbols: NDArray[np.int32], indexes: NDArray[np.uint8]) -> _Coder:
@@ -251,13 +224,9 @@ def _wall(work: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def main() -> int:
+    return run(__doc__, "entropy", measure)
 
 
 if __name__ == "__main__":
-    run(as_json="--json" in sys.argv[1:])
+    raise SystemExit(main())

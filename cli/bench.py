@@ -13,16 +13,23 @@ from pathlib import Path
 
 import typer
 
+USAGE = """Usage: sightline bench NAME [OPTIONS]
+       sightline bench --all [--short] [--only NAME ...] [--out DIR]
+
+--all writes docs/benchmarks.md; --short is a quick pass. One of (sightline bench NAME --help tells more):"""
+
 
 def bench(context: typer.Context) -> None:
     """Run a benchmark; without a name, list them."""
     name, *arguments = context.args or ["--help"]
     known = benchmarks()
     if name in ("-h", "--help"):
-        print("Usage: sightline bench NAME [OPTIONS]\n\nBenchmarks (sightline bench NAME --help tells more):")
+        print(USAGE)
         for one, about in known.items():
             print(f"  {one.replace('_', '-'):16} {about}")
         return
+    if {"--all", "--only"} & set(context.args):
+        name, arguments = "suite", [each for each in context.args if each != "--all"]
     module = name.replace("-", "_")
     if module not in known:
         raise typer.BadParameter(f"no benchmark is called '{name}'; there are {', '.join(known) or 'none'}")

@@ -34,6 +34,10 @@ class Service:
     def address(self) -> str:
         return f"127.0.0.1:{self.ready['port']}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def wait_ready(self) -> None:
         """Returns once it serves. Raises Unavailable with the end of its log if it ends before, or is too slow."""
         deadline = time.monotonic() + READY_S

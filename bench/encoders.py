@@ -1,0 +1,153 @@
+"""Encoding time beside picture encoders: JPEG and WebP (Pillow), and all-intra x265, SVT-AV1 and libvvenc (ffmpeg).
+
+    sightline bench encoders [--short] [--json]
+
+The same photographs at 640x480, on the same cores, milliseconds a picture. The video encoders take all pictures in one
+process with as many threads as there are cores, so that neither their start nor idle cores are held against them, and
+pictures that are to be coded smaller are reduced before the clock starts. ffmpeg's own cost, with its conversion from
+RGB, is a row. Sightline codes one picture after the other, with everything from pixels to the bytes of the file.
+
+The target compares points of equal accuracy: for each quality of Sightline the cheapest point of VVC that was measured
+to reach at least its mAP through a network that took no part (docs/results/results.csv).
+"""
+
+import csv
+import io
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bench.pictures import VGA, Rgb, frame, photographs, size_name
+from bench.report import Report, Say, run
+from bench.timing import Sample, in_turns, sample
+from shared.codec.bitstream import to_bytes
+from shared.codec.codec import Codec
+from trainer.evaluation.anchors import ffmpeg_program
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "results.csv"
+TARGET_RATIO = 8.0
+VVC = ("-c:v", "libvvenc", "-preset", "faster", "-qpa", "0", "-g", "1", "-qp", "{q}", "-pix_fmt", "yuv420p10le")
+HEVC = ("-c:v", "libx265", "-preset", "medium", "-g", "1", "-x265-params", "qp={q}:keyint=1:info=0:log-level=error")
+AV1 = ("-c:v", "libsvtav1", "-preset", "8", "-g", "1", "-crf", "{q}", "-pix_fmt", "yuv420p10le")
+NOTHING = ("-c:v", "rawvideo", "-pix_fmt", "yuv420p")
+GRID = {"x265 medium": (HEVC, "hevc", ((27, 100), (37, 100))), "SVT-AV1 preset 8": (AV1, "ivf", ((35, 100), (55, 100)))}
+VVC_POINTS = ((47, 50), (42, 50), (37, 50), (32, 50), (37, 75), (32, 100))
+QUALITIES = (1, 2, 3, 4, 5)
+
+
+def measure(short: bool, say: Say) -> Report:
+    size, count, rounds = ((96, 128), 2, 1) if short else (VGA, 8, 3)
+    codec = Codec.load("detection")
+    frames = [frame(size, i) for i in range(min(count, len(photographs())))]
+    settings = {
+        "size": size_name(size), "pictures": len(frames), "threads": torch.get_num_threads(),
+        "dtype": str(codec.dtype), "ffmpeg": ffmpeg_program()[1],
+    }  # fmt: skip
+    report = Report("encoders", "encoding beside picture encoders, ms a picture", settings)
+    ours: dict[int, Sample] = {}
+    for quality in QUALITIES:
+        say(f"sightline, quality {quality}")
+        coded = [to_bytes(each) for each in codec.encode_batch(frames, quality)]
+        works = {str(i): (lambda one=one, q=quality: to_bytes(codec.encode(one, q))) for i, one in enumerate(frames)}
+        found = in_turns(works, rounds, warm_up=0)
+        ours[quality] = sample([one.median for one in found.values()])
+        report.add(f"sightline quality {quality} ({_bpp(coded, size):.2f} bpp)", ours[quality], "ms")
+    _pillow(report, [one.rgb for one in frames], rounds)
+    rgbs = [one.rgb for one in frames]
+    report.add("ffmpeg alone, to YUV", _ffmpeg(rgbs, NOTHING, "null", 0, 100, rounds)[0], "ms")
+    for name, (arguments, container, points) in GRID.items():
+        for quantiser, scale in points:
+            say(f"{name}, {quantiser}")
+            took, bpp = _ffmpeg(rgbs, arguments, container, quantiser, scale, rounds)
+            report.add(f"{name}, q {quantiser} ({bpp:.2f} bpp)", took, "ms")
+    vvc = {}
+    for quantiser, scale in VVC_POINTS[:1] if short else VVC_POINTS:
+        say(f"libvvenc faster, QP {quantiser} at {scale} %")
+        took, bpp = _ffmpeg(rgbs, VVC, "vvc", quantiser, scale, rounds)
+        vvc[f"{quantiser}@{scale}"] = took
+        report.add(f"libvvenc faster, QP {quantiser} at {scale} % ({bpp:.2f} bpp)", took, "ms")
+    for quality, point in equal_accuracy().items():
+        if quality in ours and point in vvc:
+            report.add(
+                f"quality {quality} against VVC of its accuracy", ours[quality], "ms",
+                peer=(f"libvvenc faster {point}", vvc[point]), ratio_at_least=TARGET_RATIO,
+            )  # fmt: skip
+    return report
+
+
+def equal_accuracy(file: Path = RESULTS) -> dict[int, str]:
+    """For a quality, VVC's cheapest point, "QP@percent", with at least its mAP; qualities beyond VVC's are left out.
+    Empty where the results are not there, as in an installation without the documents."""
+    if not file.exists():
+        return {}
+    with file.open() as lines:
+        rows = [row for row in csv.reader(lines) if len(row) > 6 and row[1] == "witness" and row[4] == "box mAP"]
+    reached = [(float(row[5]), row[3], float(row[7])) for row in rows if row[2].startswith("vvc")]
+    found = {}
+    for _, _, series, setting, _, _, _, accuracy, *_ in rows:
+        if series.startswith("sightline") and setting[1:].isdecimal():
+            enough = [(bpp, point) for bpp, point, theirs in reached if theirs >= float(accuracy)]
+            if enough:
+                found[int(setting[1:])] = min(enough)[1]
+    return found
+
+
+def _pillow(report: Report, rgbs: Sequence[Rgb], rounds: int) -> None:
+    for name, options in (
+        ("JPEG quality 75", {"format": "JPEG", "quality": 75}),
+        ("JPEG quality 20", {"format": "JPEG", "quality": 20}),
+        ("WebP quality 50", {"format": "WEBP", "quality": 50}),
+    ):
+        pictures, sizes = [Image.fromarray(rgb) for rgb in rgbs], []
+
+        def code(options: dict[str, object] = options, pictures: list[Image.Image] = pictures) -> list[bytes]:
+            coded = []
+            for one in pictures:
+                out = io.BytesIO()
+                one.save(out, **options)
+                coded.append(out.getvalue())
+            return coded
+
+        sizes = code()
+        took = in_turns({name: code}, rounds)[name].of(lambda ms: ms / len(rgbs))
+        report.add(f"{name} ({_bpp(sizes, rgbs[0].shape[:2]):.2f} bpp)", took, "ms")
+
+
+def _ffmpeg(
+    rgbs: Sequence[Rgb], arguments: Sequence[str], container: str, quantiser: int, scale: int, rounds: int
+) -> tuple[Sample, float]:
+    """Milliseconds a picture, and bits a pixel of the original size."""
+    height, width = (2 * round(side * scale / 200) for side in rgbs[0].shape[:2])
+    raw = b"".join(Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS).tobytes() for rgb in rgbs)
+    command = [ffmpeg_program()[0], "-hide_banner", "-nostdin", "-loglevel", "error", "-f", "rawvideo"]
+    command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "1", "-i", "pipe:0"]
+    command += ["-threads", str(len(os.sched_getaffinity(0)))]
+    command += [argument.replace("{q}", str(quantiser)) for argument in arguments]
+    with tempfile.TemporaryDirectory(prefix="sightline-bench-") as folder:
+        out = Path(folder) / "coded"
+        times = []
+        for turn in range(rounds + 1):
+            start = time.perf_counter()
+            subprocess.run([*command, "-y", "-f", container, str(out)], input=raw, check=True, capture_output=True)  # noqa: S603
+            if turn or rounds == 1:
+                times.append((time.perf_counter() - start) * 1e3 / len(rgbs))
+        coded = out.read_bytes() if out.exists() else b""
+    return sample(times), 8 * len(coded) / (rgbs[0].shape[0] * rgbs[0].shape[1] * len(rgbs))
+
+
+def _bpp(coded: Sequence[bytes], size: Sequence[int]) -> float:
+    return 8 * sum(len(each) for each in coded) / (len(coded) * size[0] * size[1])
+
+
+def main() -> int:
+    return run(__doc__, "encoders", measure)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
