@@ -77,6 +77,7 @@ def settings(tmp_path: Path, photograph_set: Path, imagenet_weights: Path) -> Tr
         balance_every=3,
         accelerator="cpu",
         bf16=False,
+        threads=1,  # as few as tiny layers can use
         harvest_pictures=2,
         architecture=TINY,
         schedule=Schedule(warmup_steps=2),
