@@ -75,7 +75,12 @@ class CloudSettings(ServerSettings):
     )
 
     # -- batching
-    max_batch: int = Field(default=8, ge=1, le=1024, description="most frames in one batch")
+    max_batch: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="most frames in one batch; 0: 8 on a GPU, 1 on a CPU, where a batch saves nothing and others wait",
+    )
     max_batch_pixels: int = Field(
         default=16_000_000, ge=1, description="most pixels in one batch; a larger frame passes alone"
     )
@@ -239,7 +244,7 @@ class CloudSettings(ServerSettings):
     @property
     def batch_limits(self) -> BatchLimits:
         return BatchLimits(
-            max_batch=self.max_batch,
+            max_batch=self.max_batch or (1 if self.device == "cpu" else 8),
             max_delay_s=self.max_delay_ms / 1e3,
             max_cost=self.max_batch_pixels,
             max_waiting=self.max_in_flight_frames,

@@ -63,7 +63,7 @@ def test_sizes_switches_and_paths_are_read_as_people_write_them(tmp_path: Path) 
     ("flags", "said"),
     [
         (("--max-batch", "many"), "max_batch"),
-        (("--max-batch", "0"), "max_batch"),
+        (("--max-batch", "1025"), "max_batch"),
         (("--log-level", "loud"), "log_level"),
         (("--config", "no-such.toml"), "no-such.toml"),
     ],
