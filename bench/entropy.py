@@ -32,7 +32,7 @@ from shared.codec.tables import EntropyTables, gaussian_tables
 SHAPE = (192, 68, 120)
 SCALES = np.exp(np.linspace(np.log(0.11), np.log(256), 64))
 TARGET_RATIO, TARGET_NS = 20.0, 4.0
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def measure(short: bool, say: Say) -> Report:
         if not short:
             say(f"{LARGE}, random weights")
             large = str(random_network(folder / LARGE))
-            ours, theirs = _measure(report, loop, folder, large, coded, files, 3, 4, fairness=False)
+            ours, theirs = _measure(report, loop, folder, large, coded, files, 2, 4, fairness=False)
             _compare(report, LARGE, ours, theirs)
     return report
 

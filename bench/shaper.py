@@ -1,7 +1,8 @@
 """A link of a given rate: a TCP proxy in front of a port, with a token bucket in the direction of the port.
 
-What it has not let through waits in a buffer of `BUFFER_BYTES`, as a modem's queue does, then in the sender's socket
-and so in the sender. The way back is not limited.
+Over any time longer than `BURST_S` it carries its rate, also where this process is late. What it has not let through
+waits in a buffer of `BUFFER_BYTES`, as a modem's queue does, then in the sender's socket and so in the sender. The way
+back is not limited.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Self
 
 BUFFER_BYTES = 32 << 10
 STEP_BYTES = 4096
+BURST_S = 0.05
 
 
 class Shaper:
@@ -52,8 +54,8 @@ class Shaper:
         try:
             while data := await reader.read(STEP_BYTES):
                 now = time.monotonic()
-                self._free_at = max(now, self._free_at) + 8 * len(data) / self.rate_bps
-                if self._free_at > now + 0.002:
+                self._free_at = max(now - BURST_S, self._free_at) + 8 * len(data) / self.rate_bps
+                if self._free_at > now:
                     await asyncio.sleep(self._free_at - now)
                 back.write(data)
                 await back.drain()

@@ -3,9 +3,9 @@
     sightline bench uplink [--short] [--json]
 
 The link is a shaping proxy. Sightline's side is a real edge (Compress, spool, rate controller, uplink) with its budget
-set to the link's best rate, and the cloud's end of Upload; frames ask for SPOOLED and leave quality open. 20 pictures
-of 640x480 a second need more encoding than two cores do, and what is measured is the link: so the pictures were coded
-before, at every quarter of a quality, and the edge's engine takes the one that the controller asks for.
+set to the link's best rate, and the cloud's end of Upload; frames ask for SPOOLED and leave quality open. Five
+pictures of 1280x960 a second need more encoding than two cores do, and what is measured is the link: so the pictures
+were coded before, at every half of a quality, and the edge's engine takes the one nearest to what the controller asks.
 
 Peers on a link of their own: JPEG at a fixed quality, and x264 as a camera sets it (zerolatency, constant bit rate with
 a buffer of one second, a key picture every two seconds), both with a rate that the fast link carries. They send in
@@ -31,7 +31,7 @@ import grpc
 import numpy as np
 from sightline.v1 import common_pb2, edge_pb2, edge_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 
-from bench.pictures import VGA, Rgb, frame, jpeg, picture, size_name
+from bench.pictures import Rgb, frame, jpeg, picture, size_name
 from bench.report import Plot, Report, Say, run
 from bench.services import folder_on_disk
 from bench.shaper import Shaper
@@ -41,8 +41,8 @@ from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame, Symbols
 
 FAST, SLOW = 8e6, 1e6
-FPS, PICTURES = 20.0, 3
-QUALITY_STEP_LADDER = 0.25
+FPS, PICTURES, SIZE = 5.0, 2, (960, 1280)
+QUALITY_STEP_LADDER = 0.5
 SETTLED_S = 6.0  # of a phase
 TARGET_USED = 90.0
 SHARE_OF_LINK = 0.9  # what the peers ask of the fast link
@@ -132,7 +132,7 @@ class CloudsEnd(ingest_pb2_grpc.IngestServiceServicer):
 
 def measure(short: bool, say: Say) -> Report:
     phases = Phases(3.0 if short else 20.0)
-    size = (96, 128) if short else VGA
+    size = (96, 128) if short else SIZE
     settings: dict[str, Any] = {"Mbit/s": [FAST / 1e6, SLOW / 1e6, FAST / 1e6], "phase_s": phases.each_s}
     settings |= {"fps": FPS, "size": size_name(size)}
     report = Report("uplink", "a link that falls to an eighth and comes back", settings)
@@ -229,6 +229,7 @@ async def through_socket(code: Callable[[int], bytes], phases: Phases) -> Seen:
     """A sender without a controller: pictures in order, over one connection."""
     seen = Seen()
     origin = time.monotonic()
+    ended = asyncio.Event()
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -238,23 +239,28 @@ async def through_socket(code: Callable[[int], bytes], phases: Phases) -> Seen:
                 seen.delays[captured] = time.monotonic() - origin - captured
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
+            ended.set()
 
     server = await asyncio.start_server(take, "127.0.0.1", 0)
     async with server, Shaper(server.sockets[0].getsockname()[1], FAST) as link:
         _, writer = await asyncio.open_connection("127.0.0.1", link.port)
         offered = 0
+        coding = asyncio.Lock()
         origin = time.monotonic()
 
         async def one(_: float) -> None:
             nonlocal offered
             captured = time.monotonic() - origin
             seen.captured.append(captured)
-            data = code(len(seen.captured) - 1)
+            index = len(seen.captured) - 1
+            async with coding:  # a coder takes pictures in order
+                data = await asyncio.to_thread(code, index)
             offered += 12 + len(data)
             writer.write(struct.pack("<dI", captured, len(data)) + data)  # what the link does not take waits in memory
 
         await _paced(one, link, lambda: float(offered - link.passed_bytes), seen, phases)
         writer.transport.abort()
+        await ended.wait()
     return seen
 
 
