@@ -55,14 +55,14 @@ def serve_edge(told: Connection, folder: Path, cloud: str) -> None:
     asyncio.run(serve())
 
 
-def serve_cloud(told: Connection, folder: Path, address: str) -> None:
+def serve_cloud(told: Connection, folder: Path, address: str, tasks: str) -> None:
     """The cloud, as `sightline cloud` runs it."""
     from cloud.server import serve
     from cloud.settings import CloudSettings
 
     settings = CloudSettings.load(
         listen=address, metrics_listen="", data_dir=folder / "cloud", threads=1, unpack_threads=1, log_level="error",
-        ready_file=folder / "ready", max_batch=32, max_delay_ms=20,
+        ready_file=folder / "ready", **({"tasks": tasks} if tasks else {}),
     )  # fmt: skip
     asyncio.run(serve(settings))
 
@@ -152,7 +152,9 @@ async def drain(address: str, names: set[Any], bar: Any) -> tuple[int, int]:
     return doubled, disorder
 
 
-async def run(folder: Path, *, hours: float, interval_s: float, cameras: int, plot: Path | None) -> dict[str, Any]:
+async def run(
+    folder: Path, *, hours: float, interval_s: float, cameras: int, tasks: str = "", plot: Path | None
+) -> dict[str, Any]:
     """The whole story in `folder`. Returns its figures."""
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload(["edge.server", "cloud.server"])
@@ -160,7 +162,7 @@ async def run(folder: Path, *, hours: float, interval_s: float, cameras: int, pl
     ours, theirs = forked.Pipe()
     memory = Memory()
     edge = forked.Process(target=serve_edge, args=(theirs, folder, address), daemon=True)
-    cloud = forked.Process(target=serve_cloud, args=(theirs, folder, address), daemon=True)
+    cloud = forked.Process(target=serve_cloud, args=(theirs, folder, address, tasks), daemon=True)
     edge.start()
     port = await asyncio.to_thread(ours.recv)
     pids = {"edge": edge.pid or 0}
@@ -212,9 +214,10 @@ def main() -> int:
         "--interval-s", type=float, default=60, help="between two frames of a camera, simulated seconds"
     )
     parser.add_argument("--cameras", type=int, default=2)
+    parser.add_argument("--tasks", default="", help="as the cloud's setting; a light ONNX detector drains sooner")
     parser.add_argument("--plot", type=Path, help="SVG file of both processes' RSS")
     arguments = parser.parse_args()
-    shape = {"hours": arguments.hours, "interval_s": arguments.interval_s, "cameras": arguments.cameras}
+    shape = {name: getattr(arguments, name) for name in ("hours", "interval_s", "cameras", "tasks")}
     with tempfile.TemporaryDirectory(prefix="sightline-backlog-", dir="/var/tmp") as folder:
         found = asyncio.run(run(Path(folder), **shape, plot=arguments.plot))
     json.dump(found, sys.stdout, indent=2)

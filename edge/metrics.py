@@ -75,6 +75,10 @@ class EdgeMetrics:
         self.uplink_connects = Counter(
             "sightline_edge_uplink_connects", "Upload streams opened, by how they ended.", ["end"], registry=registry
         )
+        self.uplink_poison_frames = Counter(
+            "sightline_edge_uplink_poison_frames", "Frames given up because the cloud fell over each of them.",
+            registry=registry,
+        )  # fmt: skip
         self._registry = registry
         for name, text, value in (
             ("frames", "Frames without a final acknowledgement.", lambda: spool().frames),

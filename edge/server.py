@@ -322,5 +322,6 @@ def _uplink(
         model_ids=model_ids,
         backoff_max_s=settings.uplink_backoff_max_s,
         stall_s=settings.uplink_stall_s,
+        poison_after=settings.uplink_poison_after,
         on_received=None if pacing is None else pacing.on_received,
     )

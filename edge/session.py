@@ -38,11 +38,12 @@ _OUTCOMES = {int(outcome): outcome for outcome in Outcome if outcome is not Outc
 
 @dataclass(slots=True)
 class _Sent:
-    """`received`: the cloud has it and works on it."""
+    """`received`: the cloud has it and works on it. `reason`: why its end is told instead, "" for a frame."""
 
     id: int
     model_id: str
     size_bytes: int
+    reason: str = ""
     received: bool = False
 
 
@@ -165,7 +166,7 @@ class Session:
         source = self._sources.setdefault((entry.name.camera_id, entry.name.epoch), len(self._sources))
         bits = entry.bitstream
         model_id, size = (bits.model_id, len(bits.hyper) + len(bits.latents)) if bits else ("", 0)
-        self.in_flight[source, entry.name.seq] = _Sent(entry.id, model_id, size)
+        self.in_flight[source, entry.name.seq] = _Sent(entry.id, model_id, size, entry.reason)
 
     async def _send_entry(self, entry: Entry) -> None:
         source = self._sources[entry.name.camera_id, entry.name.epoch]
@@ -183,6 +184,7 @@ class Session:
         size = len(bits.hyper) + len(bits.latents)
         if size > self._max_frame_bytes:  # sent, it would break this stream and every one after it
             reason = f"expected at most {self._max_frame_bytes} bytes of streams, as the cloud takes, got {size}"
+            self.in_flight[source, entry.name.seq].reason = reason
             await self._send_tombstone(source, replace(entry, outcome=Outcome.REJECTED, reason=reason))
             return
         if bits.model_id not in self._models:
@@ -296,7 +298,7 @@ class Session:
         outcome = Outcome.REJECTED if rejected else _OUTCOMES.get(int(ack.outcome), Outcome.DETECTIONS)
         if rejected:
             _log.warning("the cloud rejected a frame", extra=facts(frame=self._frame_id(key), reason=ack.detail))
-        self._uplink.on_final(Final(sent.id, outcome, ack.detail))
+        self._uplink.on_final(Final(sent.id, outcome, ack.detail or sent.reason))
 
     def _frame_id(self, key: tuple[int, int]) -> str:
         for (camera_id, epoch), index in self._sources.items():

@@ -161,6 +161,12 @@ class EdgeSettings(ServerSettings):
     uplink_stall_s: float = Field(
         default=60.0, ge=1, description="a cloud that owes an answer for this many seconds is given up and called again"
     )
+    uplink_poison_after: int = Field(
+        default=5,
+        ge=0,
+        description="a frame that the cloud fell over this often is sent alone, and after three more times given up "
+        "as REJECTED; 0: never",
+    )
 
     @field_validator("camera_max_age_s")
     @classmethod

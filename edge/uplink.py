@@ -6,6 +6,7 @@ may be lost at any moment:
     next_entries   frames after the cursor that are not under way      (moves the cursor)
     stream lost    cursor back before the oldest frame it carried      (they are sent again, in order)
     RETRY_LATER    pause, then cursor back to the start                (of one model, where only that is missing)
+    lost too often sent alone, then given up as REJECTED               (`edge.suspects`)
     final ack      deleted from the spool, and after that COMMIT no longer under way
 
 A frame may so be sent twice, never zero times; its name lets the cloud tell. One stream sends at a time. A cloud that
@@ -19,6 +20,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import grpc
 from sightline.v1 import ingest_pb2
@@ -27,7 +29,8 @@ from edge.engine import Encoded
 from edge.metrics import EdgeMetrics, ack_label
 from edge.session import Session
 from edge.spool import Spool
-from edge.spool_rows import Entry, Final, FrameName
+from edge.spool_rows import Entry, Final, FrameName, Outcome
+from edge.suspects import ALONE_LOSSES, Suspects
 from shared.errors import SightlineError, Unavailable
 from shared.logs import facts
 
@@ -41,7 +44,7 @@ LIVED_S = 10.0  # a stream that lived this long does not count as a failure when
 
 class Uplink:
     """See the head of this module. `open_channel` makes a new channel to the cloud and may raise SightlineError.
-    `on_received` is told the bytes of each frame that the cloud has."""
+    `on_received` is told the bytes of each frame that the cloud has. `poison_after`: as in `edge.suspects`."""
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Uplink:
         model_ids: Sequence[str],
         backoff_max_s: float,
         stall_s: float,
+        poison_after: int,
         on_received: Callable[[int], None] | None = None,
     ) -> None:
         self.edge_id = edge_id
@@ -68,6 +72,8 @@ class Uplink:
         self._cursor = 0
         self._under_way: set[int] = set()
         self._losses: dict[int, int] = {}
+        self._suspects = Suspects(poison_after)
+        self._alone: int | None = None  # while it is under way, nothing else is sent
         self._paused_until = 0.0
         self._models_paused: dict[str, float] = {}
         self._finals: list[Final] = []
@@ -149,6 +155,9 @@ class Uplink:
         if self._current is session:
             self._current = None
         lost = [sent.id for sent in session.in_flight.values()]
+        for frame_id in self._suspects.lost(reason, ((sent.id, sent.received) for sent in session.in_flight.values())):
+            self._metrics.uplink_poison_frames.inc()
+            _log.error("a frame is given up, the cloud falls over it", extra=facts(id=frame_id))
         for frame_id in lost:
             self._under_way.discard(frame_id)
             self._losses[frame_id] = self._losses.get(frame_id, 0) + 1
@@ -194,12 +203,32 @@ class Uplink:
                 continue
             if not found:
                 return []
-            self._cursor = found[-1].id
-            entries = [entry for entry in found if entry.id not in self._under_way]
+            entries = self._apart([entry for entry in found if entry.id not in self._under_way])
+            if entries is None:
+                return []
+            self._cursor = entries[-1].id if entries else found[-1].id
             self._under_way.update(entry.id for entry in entries)
             if entries:
                 self._tell()
                 return entries
+
+    def _apart(self, entries: list[Entry]) -> list[Entry] | None:
+        """What may be sent now of entries that are next; None if something under way has to be answered first."""
+        if self._alone in self._under_way:
+            return None
+        for i, entry in enumerate(entries):
+            if not self._suspects.is_suspect(entry.id) or entry.bitstream is None:
+                continue
+            if i:
+                return entries[:i]
+            if self._suspects.is_given_up(entry.id):
+                reason = f"the cloud was lost {ALONE_LOSSES} times while it worked on this frame alone"
+                return [replace(entry, bitstream=None, outcome=Outcome.REJECTED, reason=reason)]
+            if self._under_way:
+                return None
+            self._alone = entry.id
+            return [entry]
+        return entries
 
     async def look_again(self) -> None:
         """Waits until there may be something to send: a new frame, credit, the end of a pause."""
@@ -286,10 +315,14 @@ class Uplink:
             _log.warning("acknowledgements could not be written", extra=facts(frames=len(finals), error=error))
             self._cursor = 0
             self._paused_until = time.monotonic() + 1
+        apart = len(self._suspects) > 0
         for final in finals:
             self._under_way.discard(final.id)
             self._losses.pop(final.id, None)
+            self._suspects.forget(final.id)
         self._tell()
+        if apart:
+            self.look_again_now()  # something may have waited for these to be answered
 
     def _tell(self) -> None:
         self._metrics.uplink_connected.set(self._current is not None)

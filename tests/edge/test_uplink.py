@@ -59,6 +59,7 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
     streams: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     drain_after: int = 0
+    carried: list[list[int]] = field(default_factory=list)  # seqs of each stream's frames
     open_streams: int = 0
     most_open_streams: int = 0
 
@@ -78,6 +79,8 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
         sources: dict[int, tuple[str, int]] = {}
         models: dict[int, str] = {}
         credit_frames = credit_bytes = 0
+        carried: list[int] = []
+        self.carried.append(carried)
         first = await anext(requests)
         self._check(first.WhichOneof("message") == "hello", "the first message must be hello")
         self.hellos.append(first.hello)
@@ -110,6 +113,7 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
                 self._check(message.model_index in models, "unknown model index")
                 self._check(message.payload_crc == payload_crc(bits(message, models)), "payload CRC")
                 self.frames.append((name, message))
+                carried.append(message.seq)
                 size = len(message.hyper) + len(message.latents)
             else:
                 self.tombstones.append((name, message))
@@ -183,7 +187,7 @@ def draft(number: int, *, camera: str = "door", model: str = MODEL, size: int = 
 class Edge:
     """A spool and its uplink."""
 
-    def __init__(self, path: Path, port: int, stall_s: float) -> None:
+    def __init__(self, path: Path, port: int, stall_s: float, poison_after: int) -> None:
         self.registry = CollectorRegistry()
         self.spool = Spool(path, LIMITS)
         self.metrics = EdgeMetrics(self.registry, lambda: self.spool.stats)
@@ -195,6 +199,7 @@ class Edge:
             model_ids=[MODEL],
             backoff_max_s=0.5,
             stall_s=stall_s,
+            poison_after=poison_after,
         )
 
     async def put(self, count: int, **options: Any) -> list[Key]:
@@ -212,8 +217,10 @@ class Edge:
 
 
 @asynccontextmanager
-async def edge_to(port: int, path: Path, *, stall_s: float = 30, start: bool = True) -> AsyncIterator[Edge]:
-    edge = Edge(path, port, stall_s)
+async def edge_to(
+    port: int, path: Path, *, stall_s: float = 30, start: bool = True, poison_after: int = 5
+) -> AsyncIterator[Edge]:
+    edge = Edge(path, port, stall_s, poison_after)
     try:
         if start:
             edge.uplink.start()
@@ -492,6 +499,50 @@ async def test_a_frame_the_cloud_would_choke_on_is_told_as_rejected_and_does_not
     assert tombstone.outcome == common_pb2.OUTCOME_REJECTED
     assert "expected at most 1000 bytes of streams, as the cloud takes, got 1001" in tombstone.reason
     assert len(cloud.frames) == 2
+
+
+async def test_a_frame_that_the_cloud_falls_over_is_sent_alone_then_given_up_and_the_rest_passes(path: Path) -> None:
+    falls = 0
+    fell = asyncio.Event()
+
+    def answer(cloud: Cloud, ack: ingest_pb2.FrameAck, frame: Any) -> Any:
+        nonlocal falls
+        ack.state = ingest_pb2.ACK_STATE_RECEIVED
+        if frame.seq == 7 and not cloud.tombstones:
+            falls += 1
+            asyncio.get_running_loop().call_later(0.1, fell.set)
+            return ack
+        return ack if frame.seq == 6 and falls < 2 else persisted(ack)
+
+    cloud = Cloud(answer=answer)
+
+    async def fall_and_come_back(port: int) -> None:
+        while True:
+            fell.clear()
+            async with serving(cloud, port):
+                await fell.wait()
+
+    async with serving(cloud) as port:
+        pass
+    coming = asyncio.create_task(fall_and_come_back(port))
+    async with edge_to(port, path, start=False, poison_after=2) as edge:
+        names = await edge.put(12)
+        edge.uplink.start()
+        await edge.empty(within_s=120)
+        assert edge.count("sightline_edge_uplink_poison_frames_total") == 1
+        rows = edge.spool._file._db.execute("SELECT seq, reason FROM quarantine").fetchall()  # type: ignore[union-attr]
+    coming.cancel()
+    await asyncio.gather(coming, return_exceptions=True)
+    assert cloud.faults == []
+    assert rows == [(7, "the cloud was lost 3 times while it worked on this frame alone")]
+    ((buried, tombstone),) = cloud.tombstones
+    assert (buried[2], tombstone.outcome) == (7, common_pb2.OUTCOME_REJECTED)
+    assert {name for name, _ in cloud.frames} == set(names)
+    fatal = [seqs for seqs in cloud.carried if 7 in seqs]
+    assert falls == len(fatal) >= 5
+    assert [seqs[-1] for seqs in fatal[-3:]] == [7, 7, 7], "something was sent beside a suspect"
+    assert fatal[-1] == [7]
+    assert fatal[-3] == [6, 7], "6 was under way at as many falls, and passed alone"
 
 
 async def test_closing_takes_the_acks_of_what_is_under_way(path: Path) -> None:
