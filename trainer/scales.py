@@ -44,7 +44,7 @@ class ScaleSettings:
     network_weights: Path | None = None
     candidates: tuple[int, ...] = (8, 10, 12, 14, 16)
     pictures: int = 24
-    tolerance: float = 0.03
+    tolerance: float = 0.05
 
     def __post_init__(self) -> None:
         if not self.candidates or not all(1 <= c <= SCALE_STEPS for c in self.candidates):
