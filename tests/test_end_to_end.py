@@ -19,7 +19,7 @@ from sightline.v1 import common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2
 from shared.codec.types import Frame
 
 SIGHTLINE = Path(sysconfig.get_path("scripts")) / "sightline"
-START_S = 120
+START_S = 300
 ANSWER_S = 90
 
 
@@ -55,9 +55,13 @@ class Process:
             time.sleep(0.05)  # the file is the announcement; nothing else tells
         self.ready = json.loads(ready.read_text())
 
+    def send(self, what: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(what)
+
     def kill(self, how: signal.Signals = signal.SIGKILL) -> int:
         assert self.process is not None
-        self.process.send_signal(how)
+        self.send(how)
         return self.process.wait(60)
 
     def log(self) -> str:

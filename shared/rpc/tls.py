@@ -80,16 +80,15 @@ def server_credentials(
     read_file(key, "setting tls_key")
     paths = [certificate, key] if client_ca is None else [certificate, key, client_ca]
 
-    def parse(files: list[bytes]) -> Any:
-        return _server_configuration(files, metrics)
-
-    served = Reloaded("server certificate", paths, parse, metrics)
-    given = served.get()
+    served = Reloaded("server certificate", paths, _server_configuration, metrics)
+    if metrics is not None:  # asked for at each scrape, so that a renewal is seen also where nobody connects anew
+        metrics.expires.labels("server").set_function(lambda: served.get()[1])
+    given, _ = served.get()
 
     def newer() -> Any:
         """Called by gRPC at each handshake, on one of its threads; None: as before."""
         nonlocal given
-        now = served.get()
+        now, _ = served.get()
         if now is given:
             return None
         given = now
@@ -98,17 +97,16 @@ def server_credentials(
     return grpc.dynamic_ssl_server_credentials(given, newer, require_client_authentication=client_ca is not None)
 
 
-def _server_configuration(files: list[bytes], metrics: ReloadMetrics | None) -> Any:
-    """grpc.ServerCertificateConfiguration of certificate, key and perhaps the clients' authority. Raises
-    InvalidSettings; gRPC itself would only refuse every handshake."""
+def _server_configuration(files: list[bytes]) -> tuple[Any, float]:
+    """grpc.ServerCertificateConfiguration of certificate, key and perhaps the clients' authority, and when the
+    certificate ends, Unix seconds. Raises InvalidSettings; gRPC itself would only refuse every handshake."""
     found = inspect(files[0], "setting tls_certificate")
     require_pair(found, files[1], "setting tls_key")
     authority = files[2] if len(files) > 2 else None
     if authority is not None:
         inspect(authority, "setting tls_client_ca")
-    if metrics is not None:
-        metrics.expires.labels("server").set(found.not_after.timestamp())
-    return grpc.ssl_server_certificate_configuration([(files[1], files[0])], authority)
+    configuration = grpc.ssl_server_certificate_configuration([(files[1], files[0])], authority)
+    return configuration, found.not_after.timestamp()
 
 
 def channel_credentials(

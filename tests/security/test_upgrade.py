@@ -5,35 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from sightline.v1 import admin_pb2, admin_pb2_grpc
 
 import edge.uplink
-from shared.codec.bundle import save_bundle
 from shared.codec.codec import Codec
 from shared.rpc import tls
 from tests.cloud.conftest import StartCloud
 from tests.edge.conftest import RunningEdge
 from tests.security.load import WAIT_S, Camera, require_nothing_lost
-
-
-@pytest.fixture(scope="session")
-def bundle_b(codec: Codec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled codec with gains that differ a little: another model id, streams that A cannot be asked to decode."""
-    folder = tmp_path_factory.mktemp("b") / "detection-b"
-    arrays = {name: np.array(array) for name, array in codec.bundle.arrays.items()}
-    [gain] = [name for name in arrays if name == "gain.log"]
-    arrays[gain] = arrays[gain] * np.float32(1.01)
-    save_bundle(
-        folder,
-        name="detection-b",
-        architecture=codec.bundle.architecture,
-        skip_below=codec.bundle.skip_below,
-        arrays=arrays,
-        info=codec.bundle.info,
-    )
-    return folder
 
 
 class Operator:
