@@ -14,4 +14,5 @@ async def test_a_backlog_is_drained_once_in_order_and_the_edge_does_not_grow(tmp
     assert found["frames"] == 480
     assert (found["doubled"], found["out_of_order"]) == (0, 0)
     assert found["edge_growth_bytes"] < 64 << 20
+    assert found["cloud_growth_bytes"] < 512 << 20, "more than batches of the largest size need"
     assert plot.read_text().lstrip().startswith("<?xml")
