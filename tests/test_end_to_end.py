@@ -19,7 +19,7 @@ from sightline.v1 import common_pb2, detection_pb2, detection_pb2_grpc, edge_pb2
 from shared.codec.types import Frame
 
 SIGHTLINE = Path(sysconfig.get_path("scripts")) / "sightline"
-START_S = 300
+START_S = 600  # on a machine that is busy; a process that ends is noticed at once
 ANSWER_S = 90
 
 
