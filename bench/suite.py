@@ -18,7 +18,7 @@ from bench.page import write_page
 from bench.report import Report, Say
 
 NAMES = (
-    "entropy", "transforms", "codec", "encoders", "rpc", "pipeline", "uplink", "footprint", "growth",
+    "entropy", "transforms", "codec", "encoders", "rpc", "pipeline", "uplink", "footprint", "growth", "cost",
 )  # fmt: skip
 DOCS = Path(__file__).parents[1] / "docs"
 LINES = 15
