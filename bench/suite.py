@@ -9,6 +9,7 @@ still shows all.
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -63,14 +64,13 @@ def _run(name: str, short: bool, say: Say) -> tuple[str | None, list[str]]:
     """Its JSON, None if it failed, and the end of what it said."""
     command = [sys.executable, "-m", f"bench.{name}", "--json", *(["--short"] if short else [])]
     tail: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
-        if process.stdout is None or process.stderr is None:
-            raise ValueError("expected pipes")
-        for line in process.stderr:  # to its end, which comes with the process's; the JSON is printed last
-            tail = [*tail, line.rstrip()][-LINES:]
-            say(line.rstrip()[:60])
-        out = process.stdout.read()
-    return (out if process.returncode == 0 else None), tail
+    with tempfile.TemporaryFile("w+") as out:  # a pipe that nobody reads before the end would hold a long report up
+        with subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+            for line in process.stderr or ():
+                tail = [*tail, line.rstrip()][-LINES:]
+                say(line.rstrip()[:60])
+        out.seek(0)
+        return (out.read() if process.returncode == 0 else None), tail
 
 
 if __name__ == "__main__":
