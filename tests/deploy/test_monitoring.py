@@ -350,6 +350,7 @@ class Watched:
 
 
 @needs_prometheus
+@pytest.mark.slow  # a minute of causes and waits; the rules themselves are promtool's in the default run
 async def test_alerts_fire_on_live_services_at_once_and_clear(
     fleet: tuple[Process, Process], coded: Bitstream, bundle_b: Path, tmp_path: Path
 ) -> None:

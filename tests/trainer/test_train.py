@@ -163,6 +163,7 @@ def test_equal_settings_give_equal_bundles_and_another_seed_another(settings: Tr
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.slow  # two more processes import the trainer: over a minute on two cores
 def test_two_processes_train_as_one_does_with_the_same_global_batch(settings: TrainSettings, tmp_path: Path):
     alone = replace(settings, steps=6, architecture=TINY)
     train_codec(alone)
