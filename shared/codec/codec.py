@@ -37,10 +37,10 @@ from shared.codec.types import (
     MEAN_STEPS,
     QUALITY_MAX,
     QUALITY_MIN,
-    QUALITY_STEP,
     Bitstream,
     Frame,
     Symbols,
+    at_quality,
     quality_to_steps,
 )
 from shared.errors import InvalidBitstream, InvalidBundle, NumericalError, SymbolsMismatch, UnknownModel
@@ -88,7 +88,7 @@ class Codec:
         self.h_s = HyperSynthesis(IntegerHyperSynthesis.from_arrays(bundle.arrays), self.device)
         self._log_gain = torch.from_numpy(bundle.arrays["gain.log"].astype(np.float32)).to(self.device)
         self._log_inverse_gain = torch.from_numpy(bundle.arrays["gain.log_inverse"].astype(np.float32)).to(self.device)
-        self._scales: list[int] = bundle.arrays[SCALE_TENSOR].tolist() if SCALE_TENSOR in bundle.arrays else FULL_SIZE
+        self._scales = np.asarray(bundle.arrays.get(SCALE_TENSOR, FULL_SIZE), np.int64)
         self.tables_y = EntropyTables.from_arrays(bundle.arrays, "tables.y")
         self.tables_z = EntropyTables.from_arrays(bundle.arrays, "tables.z")
 
@@ -233,9 +233,7 @@ class Codec:
 
     def scale(self, quality: int) -> int:
         """Sides of the coded picture in 1/SCALE_STEPS of the frame's. `quality` in 1/256 steps."""
-        level, part = divmod(quality - QUALITY_MIN, QUALITY_STEP)
-        low, high = self._scales[level], self._scales[min(level + 1, len(self._scales) - 1)]
-        return (low * (QUALITY_STEP - part) + high * part + QUALITY_STEP // 2) // QUALITY_STEP
+        return int(at_quality(self._scales, quality))
 
     def coded_size(self, height: int, width: int, quality: int) -> tuple[int, int]:
         """Height and width at which a frame is coded. `quality` in 1/256 steps."""

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.codec.types import QUALITY_MAX, QUALITY_MIN, QUALITY_STEP
+from shared.codec.types import at_quality
 from shared.errors import InvalidBundle
 
 SCALE_COUNT = 64
@@ -96,12 +96,8 @@ class IntegerHyperSynthesis:
         return IntegerHyperSynthesis((layers[0], layers[1], layers[2]), level_bias, (act_max[0], act_max[1]))
 
     def bias_at(self, quality: int) -> NDArray[np.int64]:
-        """The first layer's bias at a quality in 1/256 steps, [out]; integer interpolation, rounding half up."""
-        low, fraction = divmod(min(max(quality, QUALITY_MIN), QUALITY_MAX) - QUALITY_MIN, QUALITY_STEP)
-        high = min(low + 1, len(self.level_bias) - 1)
-        table = self.level_bias
-        mixed = (table[low] * (QUALITY_STEP - fraction) + table[high] * fraction + QUALITY_STEP // 2) >> 8
-        bias: NDArray[np.int64] = self.layers[0].bias + mixed
+        """The first layer's bias at a quality in 1/256 steps, [out]."""
+        bias: NDArray[np.int64] = self.layers[0].bias + at_quality(self.level_bias, quality)
         return bias
 
 

@@ -26,6 +26,16 @@ def quality_to_steps(quality: float) -> int:
     return round(quality * QUALITY_STEP)
 
 
+def at_quality(table: NDArray[np.int64], quality: int) -> NDArray[np.int64]:
+    """What integers [8, ...] at quality 1 to 8 are at a quality in 1/256 steps: linear, rounding half up, no float."""
+    low, fraction = divmod(min(max(quality, QUALITY_MIN), QUALITY_MAX) - QUALITY_MIN, QUALITY_STEP)
+    high = min(low + 1, len(table) - 1)
+    mixed: NDArray[np.int64] = (
+        table[low] * (QUALITY_STEP - fraction) + table[high] * fraction + QUALITY_STEP // 2
+    ) // QUALITY_STEP
+    return mixed
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One picture. `rgb`: uint8 [height, width, 3], sRGB, sides in [1, 8192] pixels."""
