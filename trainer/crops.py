@@ -74,6 +74,11 @@ def tuning_pictures(images: Path) -> list[Picture]:
     return [Picture(p, None) for p in sorted(Path(images).rglob("*")) if is_for_tuning(p)]
 
 
+def spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
+    """`count` of `pictures`, evenly spread over them, or all where there are no more."""
+    return [pictures[i] for i in np.unique(np.linspace(0, len(pictures) - 1, count).round().astype(int))]
+
+
 def is_for_tuning(path: Path) -> bool:
     """Whether a file is, by its COCO name, one of the committed tuning split."""
     return re.fullmatch(r"\d{12}\.jpg", path.name) is not None and int(path.stem) in tuning_ids()

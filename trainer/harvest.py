@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.crops import Picture, resized
+from trainer.crops import Picture, resized, spread
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS, TrainableCodec
 
@@ -44,10 +44,9 @@ def tuning_tensors(pictures: Sequence[Picture], count: int, zoom: tuple[float, f
     `zoom`: range of the factors that training resizes by; these are resized by its geometric mean.
     """
     factor = (zoom[0] * zoom[1]) ** 0.5
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int))
     tensors = []
-    for i in chosen:
-        rgb = resized(pictures[i].read(), factor)
+    for picture in spread(pictures, count):
+        rgb = resized(picture.read(), factor)
         height, width = (min(side, SIDE) // ALIGN * ALIGN for side in rgb.shape[:2])
         if min(height, width) == 0:
             continue

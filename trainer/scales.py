@@ -20,8 +20,8 @@ from shared.codec.bitstream import to_bytes
 from shared.codec.bundle import SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle, save_bundle
 from shared.codec.codec import Codec
 from shared.codec.types import Frame
-from shared.errors import InvalidInput, InvalidSettings
-from trainer.crops import Picture, list_pictures, tuning_pictures
+from shared.errors import InvalidSettings
+from trainer.crops import Picture, list_pictures, spread, tuning_pictures
 from trainer.frozen import load_frozen
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS
@@ -57,18 +57,14 @@ def train_scales(settings: ScaleSettings) -> Path:
     """Measure, choose, write the bundle with its sizes. Returns `out`. Raises InvalidInput and what loading does."""
     bundle = load_bundle(settings.bundle)
     task = TaskLoss(load_frozen(settings.network, settings.network_weights), "features")
-    found = tuning_pictures(settings.images) or list_pictures(settings.images, None)
-    if not found:
-        raise InvalidInput(f"{settings.images}: expected pictures to measure on, there are none")
-    chosen = np.unique(np.linspace(0, len(found) - 1, settings.pictures).round().astype(int))
-    pictures = [found[i] for i in chosen]
+    pictures = spread(tuning_pictures(settings.images) or list_pictures(settings.images, None), settings.pictures)
     curves = {
         scale: measure(at_scales(bundle, [scale] * LEVELS), pictures, task, f"{scale}/{SCALE_STEPS} of the side")
         for scale in sorted(set(settings.candidates))
     }
     scales = choose(curves, settings.tolerance)
     made = at_scales(bundle, scales)
-    own = measure(made, pictures, task, "as chosen")
+    own = np.array([curves[scale][level] for level, scale in enumerate(scales)])
     table = {"scale": scales, "bpp": own[:, 0].tolist(), "distance": own[:, 1].tolist(), "pictures": len(pictures)}
     info = {**bundle.info, "sizes": {**table, "network": settings.network}}
     save_bundle(
@@ -98,9 +94,10 @@ def measure(bundle: Bundle, pictures: Sequence[Picture], task: TaskLoss, label: 
         scale = task.network.short_side / min(frame.height, frame.width)
         if not task.variances:
             task.calibrate(x, scale)
+        wanted = task.network.features(x, scale)
         for level in range(LEVELS):
             coded = codec.encode(frame, level + 1)
-            distance = float(task.distances(x, _tensor(codec.decode(coded)), scale)[0])
+            distance = float(task.distances_to(wanted, _tensor(codec.decode(coded)), scale)[0])
             sums[level] += 8 * len(to_bytes(coded)) / (frame.height * frame.width), distance
     return sums / len(pictures)
 
