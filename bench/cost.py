@@ -19,7 +19,7 @@ from bench.pictures import FULL_HD, SMALL, VGA, frame, jpeg, picture, size_name
 from bench.report import Report, Say, run
 from bench.rpc import compress
 from bench.services import folder_on_disk, started
-from bench.timing import Sample, sample
+from bench.timing import Sample, in_turns
 from cloud.tasks.loading import load_task
 from shared.codec.codec import Codec
 
@@ -63,13 +63,7 @@ def measure(short: bool, say: Say) -> Report:
 
 def spent(work: Callable[[], object], rounds: int) -> Sample:
     """Milliseconds of this process on the processor, after one run that does not count."""
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.process_time()
-        work()
-        times.append((time.process_time() - start) * 1e3)
-    return sample(times)
+    return in_turns({"it": work}, rounds, clock=time.process_time)["it"]
 
 
 def _processor_s(pid: int) -> float:

@@ -10,7 +10,6 @@ does; the row for two threads is the wall clock's. In each round each coder runs
 when memory and caches are its own. Medians and quartiles of several rounds.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from compressai.entropy_models import GaussianConditional
 from numpy.typing import NDArray
 
 from bench.report import Report, Say, run
-from bench.timing import Sample, sample
+from bench.timing import Sample, in_turns, sample
 from shared.codec import rans
 from shared.codec.tables import EntropyTables, gaussian_tables
 
@@ -94,7 +93,11 @@ def measure_threads(rounds: int = ROUNDS, shape: tuple[int, int, int] = SHAPE) -
                 lambda: list(pool.map(lambda _: rans.decode(data, indexes, tables), range(4))),
             ),
         }
-        return {name: _wall(one, rounds) / _wall(two, rounds) for name, (one, two) in works.items()}
+        ratios = {}
+        for name, (one, two) in works.items():
+            found = in_turns({"one": one, "two": two}, rounds)
+            ratios[name] = found["one"].median / found["two"].median
+        return ratios
 
 
 def measure(short: bool, say: Say) -> Report:
@@ -213,15 +216,6 @@ def _entropy_bits(indexes: NDArray[np.uint8]) -> float:
         pmf[reach] = 1 - 2 * upper[reach + 1]
         entropies.append(float(-torch.special.xlogy(pmf, pmf).sum() / np.log(2)))
     return float(np.array(entropies)[indexes].sum())
-
-
-def _wall(work: Callable[[], Any], rounds: int) -> float:
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def main() -> int:

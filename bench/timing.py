@@ -27,13 +27,18 @@ def sample(values: Sequence[float]) -> Sample:
     return Sample(median, low, high)
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, Sample]:
-    """Milliseconds of each by the wall clock, after `warm_up` runs that do not count."""
+def in_turns(
+    works: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Sample]:
+    """Milliseconds of each by the wall clock, or another `clock` of seconds, after `warm_up` runs that do not count."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(warm_up + rounds):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
             if turn >= warm_up:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: sample(values) for name, values in times.items()}
