@@ -89,9 +89,12 @@ async def show(wanted: Show, say: Callable[[str], None], opened: Callable[[str],
 
 
 def camera_flags(number: int, source: str, edge: Service, fps: float) -> list[str]:
-    """Arguments of `sightline` that read `source` as a camera."""
+    """Arguments of `sightline` that read `source` as a camera. A file plays at its own pace, over and over."""
+    from edge.sources import find_source
+
     return [
-        *("camera", source, "--edge", edge.address, "--id", f"camera-{number}", "--realtime", "--loop"),
+        *("camera", source, "--edge", edge.address, "--id", f"camera-{number}"),
+        *(() if find_source(source).live else ("--realtime", "--loop")),
         *("--fps", f"{fps:g}", "--size", f"{SIZE[0]}x{SIZE[1]}", "--quality", f"{QUALITY:g}"),
     ]
 
