@@ -1,6 +1,6 @@
 """A fixed camera's video through edge and cloud, its bits beside x264's and x265's at the same detection result.
 
-    python -m bench.video VIDEO [--start 0] [--frames 45] [--every 1] [--look 3] [--keep FILE] [--json]
+    python -m bench.video VIDEO [--start 0] [--frames 45] [--every 1] [--look 3] [--rtsp] [--keep FILE] [--json]
 
 The same pictures are coded by everybody: `--frames` of them, every `--every`th of the file from `--start` on; the task
 model looks at every `--look`th of these, because looking is what takes the time. Sightline's go through real edge and
@@ -17,6 +17,8 @@ none.
 The rows "+ gate" are Sightline behind the camera command's motion gate: pictures in which less than `--motion` percent
 changed are not sent and keep the detections of the last that was.
 
+`--rtsp` reads the file as a network camera's stream, from GStreamer's RTSP server at its own pace.
+
 `--keep FILE` writes each point as it is measured; a run with the same file and flags goes on where one was ended.
 """
 
@@ -24,7 +26,8 @@ import argparse
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,6 +39,7 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 from rich.table import Table
 
+from bench.rtsp import NEEDS, RtspServer, available, file
 from cli.codecs import find_named
 from cli.demo.run import cloud_flags, edge_flags
 from cli.demo.services import Service, service
@@ -89,15 +93,28 @@ class Clip:
         return bits / 1000 / (len(self.rgb) / self.fps)
 
 
-def read_clip(path: str, start: int, frames: int, every: int, look: int) -> Clip:
+def read_clip(path: str, start: int, frames: int, every: int, look: int, *, rtsp: bool = False) -> Clip:
     scaler = VideoReformatter()
-    found = read(find_source(path), Reading(hardware="none"), Event())
-    grabs = list(islice(found, start, start + frames * every, every))
+    with streamed(path) if rtsp else nullcontext(path) as source:
+        found = read(find_source(source), Reading(hardware="none"), Event())
+        grabs = list(islice(found, start, start + frames * every, every))
     if len(grabs) < 2:
         raise SightlineError(f"expected at least 2 pictures in {path}, got {len(grabs)}")
     fps = (len(grabs) - 1) / (grabs[-1].time_s - grabs[0].time_s)
     rgb = [to_rgb(grab.frame, scaler, None) for grab in grabs]
     return Clip(grabs, rgb, fps, range(0, len(rgb), look))
+
+
+@contextmanager
+def streamed(path: str) -> Iterator[str]:
+    """The address at which an RTSP server plays the file while this is open."""
+    if not available():
+        raise Unavailable(f"--rtsp needs {NEEDS}")
+    server = RtspServer(file(Path(path).resolve())).start()
+    try:
+        yield server.address
+    finally:
+        server.kill()
 
 
 class Points:
@@ -315,12 +332,13 @@ def main() -> int:
     parser.add_argument("--look", type=int, default=3)
     parser.add_argument("--motion", type=float, default=0.5, help="percent, as in sightline camera --motion")
     parser.add_argument("--people", action="store_true", help="compare at the same result on people alone")
+    parser.add_argument("--rtsp", action="store_true", help="read the file through an RTSP server")
     parser.add_argument("--keep", type=Path, metavar="FILE")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     about = {name: value for name, value in vars(given).items() if name not in ("people", "keep", "json")}
     points = Points(given.keep, about)
-    clip = read_clip(given.video, given.start, given.frames, given.every, given.look)
+    clip = read_clip(given.video, given.start, given.frames, given.every, given.look, rtsp=given.rtsp)
     task = load_task(TASK)
     originals = detect(task, [clip.rgb[i] for i in clip.looked])
     through_services(clip, originals, given.motion, points)
