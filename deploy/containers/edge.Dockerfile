@@ -6,13 +6,15 @@
 # NVIDIA container runtime are enough, and the same image runs on a machine without a GPU. Nothing but /var/lib/sightline
 # and /tmp is written: run it with a read-only root file system.
 FROM python:3.11.13-slim-bookworm AS build
+# `--build-arg TORCH_BACKEND=cpu`: PyTorch's CPU build, a fifth of the size, for devices without a GPU.
+ARG TORCH_BACKEND=
 COPY . /src
 WORKDIR /src
 # The versions of the lock file, and of those only what this side needs.
 RUN python -m venv /opt/sightline \
  && /opt/sightline/bin/python -m pip install --no-cache-dir --disable-pip-version-check "$(grep '^uv==' requirements.lock)" \
  && /opt/sightline/bin/uv pip install --no-cache --python /opt/sightline/bin/python --constraint requirements.lock \
-    ".[edge,reflection,tracing]" \
+    ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} ".[edge,reflection,tracing]" \
  && /opt/sightline/bin/python -m compileall -q /opt/sightline/lib
 
 FROM python:3.11.13-slim-bookworm
