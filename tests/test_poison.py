@@ -5,7 +5,9 @@
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,6 +65,11 @@ async def every_event(address: str, count: int) -> dict[int, detection_pb2.Detec
     return seen
 
 
+def metrics_page(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
+        return str(page.read().decode())
+
+
 @pytest.mark.slow(reason="starts the cloud five times, each as a fresh process")
 async def test_a_frame_that_kills_the_cloud_is_quarantined_and_every_other_one_is_seen(tmp_path: Path) -> None:
     forked = multiprocessing.get_context("forkserver")
@@ -83,7 +90,7 @@ async def test_a_frame_that_kills_the_cloud_is_quarantined_and_every_other_one_i
                 process.kill()
 
     settings = EdgeSettings.load(
-        listen="127.0.0.1:0", metrics_listen="", cloud=address, data_dir=tmp_path / "edge", threads=1,
+        listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", cloud=address, data_dir=tmp_path / "edge", threads=1,
         uplink_backoff_max_s=0.5, uplink_poison_after=1, log_level="error",
     )  # fmt: skip
     edge = await Edge.start(settings)
@@ -96,6 +103,7 @@ async def test_a_frame_that_kills_the_cloud_is_quarantined_and_every_other_one_i
             while edge.spool.stats.frames:
                 await asyncio.sleep(0.1)
             (kept,) = await edge.spool.quarantined(0, 10)
+        page = await asyncio.to_thread(metrics_page, edge.server.metrics_port)
         cloud.cancel()
         await asyncio.gather(cloud, return_exceptions=True)
     finally:
@@ -103,6 +111,7 @@ async def test_a_frame_that_kills_the_cloud_is_quarantined_and_every_other_one_i
     assert deaths == 4  # once in company, three times alone
     assert (kept.seq, kept.bitstream.height) == (POISON, 64)
     assert "while it worked on this frame alone" in kept.reason
+    assert re.search(r"^sightline_edge_uplink_poison_frames_total(\{.*\})? 1\.0$", page, re.MULTILINE)
     outcomes = {seq: event.outcome for seq, event in events.items()}
     assert outcomes.pop(POISON) == common_pb2.OUTCOME_REJECTED
     assert set(outcomes.values()) == {common_pb2.OUTCOME_DETECTIONS}
