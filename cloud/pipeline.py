@@ -9,7 +9,7 @@ another attempt could cure (a model not loaded here, no room, a full disk) is RE
 record is in the log is PERSISTED again without work, and one that comes again while it is worked on shares that work.
 
 Frames are worked on together and finish in any order. The log gets those of one camera in the order in which they came:
-a record waits until the one before it was handed to the log, or its frame was sent away (`cloud.turns`).
+a record waits until the one before it was handed to the log, or its frame was sent away (`shared.turns`).
 
 Work belongs to the pipeline and not to the stream that brought it: if the stream breaks, the work goes on and the
 resend finds its result.
@@ -28,7 +28,6 @@ from cloud.detections.log import DetectionLog, FrameName
 from cloud.inference import Inference, Inferred
 from cloud.metrics import CloudMetrics
 from cloud.quarantine import Quarantine
-from cloud.turns import Turn, Turns
 from shared.codec import bitstream as bits
 from shared.codec.types import Bitstream
 from shared.errors import (
@@ -42,6 +41,7 @@ from shared.errors import (
 )
 from shared.logs import facts
 from shared.tracing import Stage, Tracer
+from shared.turns import Turn, Turns
 
 _log = logging.getLogger("sightline.cloud.pipeline")
 _UNKNOWN_MODEL_RETRY_MS = 10_000  # a model comes with a restart, not by itself

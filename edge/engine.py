@@ -1,11 +1,12 @@
 """The encoder: pictures in, bitstreams out, every stage on its own threads so that they overlap.
 
-    admit -> image threads: decode -> [waiting] -> transform thread: analyse a batch -> pack threads: rANS
+    admit -> image threads: decode -> [waiting] -> transform lanes: analyse a batch each -> pack threads: rANS
 
-The event loop only hands over. What waits for the transform when it becomes free goes together, as far as size,
+The event loop only hands over. What waits for a transform when a lane becomes free goes together, as far as size,
 quality and model agree: under light load a frame never waits for company, under heavy load batches form by
-themselves. Memory is bounded by admission: a picture is let in by the bytes of its RGB form before anything is
-decoded, and refused (Overloaded) or made to wait where there is no room.
+themselves. On a CPU several lanes, frames side by side on a core each, bring more than one frame on all cores. Memory
+is bounded by admission: a picture is let in by the bytes of its RGB form before anything is decoded, and refused
+(Overloaded) or made to wait where there is no room.
 """
 
 import asyncio
@@ -79,6 +80,7 @@ class Engine:
         in_flight_max_bytes: int,
         batch_frames: int,
         batch_pixels: int,
+        lanes: int,
         workers: int,
     ) -> None:
         self._encoders = encoders
@@ -90,9 +92,9 @@ class Engine:
         self._waiting: deque[_Job] = deque()
         self._work = asyncio.Event()
         self._image_threads = ThreadPoolExecutor(workers, "image")
-        self._transform_thread = ThreadPoolExecutor(1, "transform")
+        self._transform_threads = ThreadPoolExecutor(lanes, "transform")
         self._pack_threads = ThreadPoolExecutor(workers, "pack")
-        self._task = asyncio.create_task(self._transform())
+        self._lanes = [asyncio.create_task(self._transform()) for _ in range(lanes)]
 
     @asynccontextmanager
     async def admitted(self, picture: ImageFile | RawPicture, *, wait: bool) -> AsyncIterator[None]:
@@ -130,11 +132,12 @@ class Engine:
 
     async def close(self) -> None:
         """Ends the threads; what still waits is cancelled."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for lane in self._lanes:
+            lane.cancel()
+        await asyncio.gather(*self._lanes, return_exceptions=True)
         for job in self._waiting:
             job.done.cancel()
-        for threads in (self._image_threads, self._transform_thread, self._pack_threads):
+        for threads in (self._image_threads, self._transform_threads, self._pack_threads):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
 
     def _fits(self, cost: int) -> bool:
@@ -152,7 +155,7 @@ class Engine:
     async def _run(self, batch: list[_Job]) -> None:
         start = time.perf_counter()
         try:
-            results = await asyncio.get_running_loop().run_in_executor(self._transform_thread, self._code, batch)
+            results = await asyncio.get_running_loop().run_in_executor(self._transform_threads, self._code, batch)
         except Exception as error:
             if len(batch) > 1 and isinstance(error, SightlineError):  # one frame's fault is not its neighbours'
                 for job in batch:
@@ -168,7 +171,7 @@ class Engine:
                 job.done.set_result((result, start - job.queued, analyse_s, len(batch)))
 
     def _code(self, batch: list[_Job]) -> Sequence[Symbols | Bitstream]:
-        """On the transform thread."""
+        """On a transform thread."""
         encoder, rate = self._encoders[batch[0].model_id], batch[0].rate
         if rate.target_bytes:
             found = encoder.encode_to_size(batch[0].frame, rate.target_bytes)

@@ -36,11 +36,13 @@ from shared.logs import facts, frame_id
 from shared.rpc import status
 from shared.rpc.access import caller
 from shared.tracing import FIRST_SPAN, Stage, Tracer
+from shared.turns import Turn, Turns
 
 _log = logging.getLogger("sightline.edge")
 _CAMERA_ID = re.compile(NAME_PATTERN)
 DEFAULT_CAMERA = "default"
 MAX_TOKEN_BYTES = 128
+_PATIENCE_S = 30.0  # longest that a coded frame waits for its camera's earlier ones
 _FORMATS = {
     edge_pb2.PIXEL_FORMAT_RGB24: PixelFormat.RGB24,
     edge_pb2.PIXEL_FORMAT_BGR24: PixelFormat.BGR24,
@@ -85,6 +87,10 @@ class _Order:
     expires_us: int
     token: str
 
+    @property
+    def delivers(self) -> bool:
+        return _delivers(self.delivery)
+
 
 class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
     """See the head of this module. `draining`: no more pictures are read from streams."""
@@ -103,6 +109,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         self._metrics = metrics
         self._defaults = defaults
         self._draining = draining
+        self._turns = Turns(_PATIENCE_S)
         self.tracer: Tracer | None = None
         self._originals = originals
 
@@ -179,8 +186,8 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
             caller().require("send", order.camera_id)
             self._defaults.control.require_running(order.camera_id)
             picture = self._read_picture(request)
-            with self._defaults.models.using(order.model_id):
-                receipt = await self._carry_out(order, picture, wait_for_room)
+            with self._defaults.models.using(order.model_id), self._turns.take(order.camera_id) as turn:
+                receipt = await self._carry_out(order, picture, turn, wait_for_room)
         except SightlineError as error:
             self._metrics.failed.labels(status.code_of(error).name).inc()
             raise
@@ -190,15 +197,19 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         self._metrics.frames.labels(self._metrics.camera(order.camera_id), state).inc()
         return receipt
 
-    async def _carry_out(self, order: _Order, picture: ImageFile | RawPicture, wait_for_room: bool) -> edge_pb2.Receipt:
+    async def _carry_out(
+        self, order: _Order, picture: ImageFile | RawPicture, turn: Turn, wait_for_room: bool
+    ) -> edge_pb2.Receipt:
+        if not order.delivers:
+            turn.end()
         async with self._engine.admitted(picture, wait=wait_for_room):
             self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)
             encoded = await self._engine.encode(picture, order.model_id, order.rate)
         self._metrics.in_flight_bytes.set(self._engine.in_flight_bytes)
         self._observe(encoded)
         receipt = _receipt(order, encoded)
-        if order.delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE):
-            await self._deliver(order, picture, encoded, receipt)
+        if order.delivers:
+            await self._deliver(order, picture, encoded, turn, receipt)
         return receipt
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -241,8 +252,7 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
             lowest, highest = self._defaults.control.quality_bounds
             return Rate(target_bytes=options.target_bytes, lowest=lowest, highest=highest)
         pacing = self._defaults.pacing
-        delivers = options.delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE)
-        if rate is None and delivers and pacing is not None:
+        if rate is None and _delivers(options.delivery) and pacing is not None:
             quality = pacing.quality()
         else:
             quality = options.quality if rate == "quality" else self._defaults.quality
@@ -266,9 +276,17 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
     # -- delivering ----------------------------------------------------------------------------------------------
 
     async def _deliver(
-        self, order: _Order, picture: ImageFile | RawPicture, encoded: Encoded, receipt: edge_pb2.Receipt
+        self,
+        order: _Order,
+        picture: ImageFile | RawPicture,
+        encoded: Encoded,
+        turn: Turn,
+        receipt: edge_pb2.Receipt,
     ) -> None:
-        """Spools the frame, waits for the cloud where asked for, and says so in the receipt."""
+        """Spools the frame, waits for the cloud where asked for, and says so in the receipt.
+
+        Frames of a camera are handed to the spool in the order in which they came, whichever was coded first.
+        """
         start = time.perf_counter()
         if receipt.coded_bytes > self._defaults.max_coded_bytes:
             raise TooLarge(
@@ -278,7 +296,10 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         content = _content(picture)
         draft = Draft(order.camera_id, order.captured_us, order.expires_us, order.token, content, encoded.bitstream)
         waits = order.delivery == edge_pb2.DELIVERY_PERSISTED
-        placed, final = await self._spool.put(draft, watch=waits)
+        await turn.come()
+        putting = asyncio.create_task(self._spool.put(draft, watch=waits))  # begun in this order, committed together
+        turn.end()
+        placed, final = await putting
         self._originals.keep(placed.name, picture)
         spooled_s = time.perf_counter() - start
         self._metrics.spool_seconds.observe(spooled_s)
@@ -324,6 +345,10 @@ class EdgeService(edge_pb2_grpc.EdgeServiceServicer):
         size = len(bits.hyper) + len(bits.latents)
         metrics.frame_bytes.observe(size)
         metrics.bits_per_pixel.observe(8 * size / (bits.width * bits.height))
+
+
+def _delivers(delivery: int) -> bool:
+    return delivery not in (edge_pb2.DELIVERY_UNSPECIFIED, edge_pb2.DELIVERY_NONE)
 
 
 def _receipt(order: _Order, encoded: Encoded) -> edge_pb2.Receipt:

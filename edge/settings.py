@@ -67,11 +67,18 @@ class EdgeSettings(ServerSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="number type of the transforms' bodies; auto: what the device computes fastest"
     )
+    lanes: int = Field(
+        default=0, ge=0, le=64, description="transforms at once; 0: 1 on a GPU, on a CPU one for each core up to 4"
+    )
     threads: int = Field(
-        default=0, ge=0, le=1024, description="threads of one transform on a CPU; 0: one for each core it may use"
+        default=0, ge=0, le=1024, description="threads of one transform on a CPU; 0: the cores it may use over lanes"
     )
     batch_frames: int = Field(
-        default=8, ge=1, le=256, description="frames of one size that may pass the transforms together"
+        default=0,
+        ge=0,
+        le=256,
+        description="frames of one size that may pass the transforms together; 0: 8 on a GPU, 1 on a CPU, where this "
+        "saves nothing",
     )
     batch_pixels: int = Field(
         default=4_000_000, ge=1, description="pixels that may pass the transforms together; a larger frame passes alone"

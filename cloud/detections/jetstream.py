@@ -50,9 +50,9 @@ from cloud.detections.broker import (
 from cloud.detections.index import Entry, IndexReader, Place, subject_of
 from cloud.detections.log import Appended, FrameName, Record, Retention, Span
 from cloud.detections.tail import Tail
-from cloud.turns import Turn, Turns
 from shared.errors import CursorExpired, Unavailable
 from shared.logs import facts
+from shared.turns import Turn, Turns
 
 _log = logging.getLogger("sightline.cloud.log")
 _WRITERS = 4  # blocks under way at once

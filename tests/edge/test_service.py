@@ -215,6 +215,21 @@ async def test_frames_that_wait_together_are_coded_together_and_come_out_the_sam
     )
 
 
+async def test_frames_of_a_camera_are_spooled_as_they_came_whichever_is_coded_first(running_edge: RunningEdge) -> None:
+    options = Options(delivery=edge_pb2.DELIVERY_SPOOLED)
+
+    async def requests() -> AsyncIterator[edge_pb2.CompressStreamRequest]:
+        for number in range(12):
+            side = 16 if number % 3 else 640  # the small ones overtake
+            request = raw(edge_pb2.PIXEL_FORMAT_GRAY8, side, side, side * side)
+            request.options.CopyFrom(options)
+            yield edge_pb2.CompressStreamRequest(request_id=number, request=request)
+
+    async with running_edge(lanes=4) as (_, stub):
+        answers = [answer async for answer in stub.CompressStream(requests())]
+    assert {answer.request_id: answer.receipt.frame.seq for answer in answers} == {n: n + 1 for n in range(12)}
+
+
 async def test_what_has_no_room_is_refused_at_once_but_a_stream_waits(
     running_edge: RunningEdge, small_jpeg: bytes
 ) -> None:

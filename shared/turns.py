@@ -4,6 +4,8 @@
     await turn.come()             once all before it are over
     turn.end()                    it is over, or not needed; the next may come once those before it are over too
 
+As a context manager a turn ends with its block, if it has not before.
+
 Different keys never wait for each other. A turn that is never ended holds up its key once, for `patience_s`, and no
 longer: order is worth that much and not a standstill.
 """
@@ -43,6 +45,12 @@ class Turn:
         self._before: asyncio.Future[None] | None = None if before is None else before._over
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended = False
+
+    def __enter__(self) -> "Turn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     async def come(self) -> None:
         """Returns once the turns before this one are over, or patience is."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from cloud.turns import Turn, Turns
+from shared.turns import Turn, Turns
 
 
 async def finish(turn: Turn, done: list[str], label: str) -> None:
