@@ -191,7 +191,7 @@ async def test_detect_refuses_what_it_cannot_use_by_kind_and_serves_the_next(
     for fields, code, kind in (
         ({"bitstream": b""}, "INVALID_ARGUMENT", "InvalidBitstream"),
         ({"bitstream": good[:-1]}, "INVALID_ARGUMENT", "InvalidBitstream"),
-        ({"bitstream": good[:40] + b"\x00" + good[41:]}, "INVALID_ARGUMENT", "InvalidBitstream"),
+        ({"bitstream": good[:40] + bytes([good[40] ^ 0xFF]) + good[41:]}, "INVALID_ARGUMENT", "InvalidBitstream"),
         ({"bitstream": wrong_inside}, "INVALID_ARGUMENT", "InvalidBitstream"),
         ({"bitstream": b"\x00" * 5001}, "RESOURCE_EXHAUSTED", "TooLarge"),
         ({"bitstream": other_model}, "FAILED_PRECONDITION", "UnknownModel"),
