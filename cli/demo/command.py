@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from cli.demo.results import Demo
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "motorcycle_left.png", "camera.png")  # in scikit-image
-QUALITIES = (2.0, 4.0, 6.0)
-SHOWN = 4.0
+QUALITIES = (3.0, 4.5, 6.0)
+SHOWN = 4.5
 LIVE_TASK = "mask-rcnn-mobilenetv2"  # boxes and masks
 
 
