@@ -9,7 +9,6 @@ disk is mounted late, another process still drains) is waited for: meanwhile the
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -93,9 +92,9 @@ class Edge:
         engine = Engine(
             models.encoders,
             in_flight_max_bytes=int(settings.in_flight_max_bytes),
-            batch_frames=settings.batch_frames or (1 if settings.device == "cpu" else 8),
+            batch_frames=settings.batch_frames_used,
             batch_pixels=settings.batch_pixels,
-            lanes=_lanes(settings),
+            lanes=settings.lanes_used,
             workers=settings.workers,
         )
         draining = asyncio.Event()
@@ -185,14 +184,10 @@ def _publish_settings(registry: CollectorRegistry, settings: EdgeSettings) -> No
     )  # fmt: skip
 
 
-def _lanes(settings: EdgeSettings) -> int:
-    return settings.lanes or (min(4, len(os.sched_getaffinity(0))) if settings.device == "cpu" else 1)
-
-
 def _load_codecs(settings: EdgeSettings) -> list[Codec]:
     """The default first; of different names."""
     if settings.device == "cpu":
-        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // _lanes(settings)))
+        torch.set_num_threads(settings.threads_used)
     codecs: dict[str, Codec] = {}
     for reference in settings.models:
         codec = _load_codec(settings, reference)

@@ -183,6 +183,19 @@ class EdgeSettings(ServerSettings):
         return given
 
     @property
+    def lanes_used(self) -> int:
+        """`lanes`, with what 0 stands for worked out; likewise below."""
+        return self.lanes or (min(4, len(os.sched_getaffinity(0))) if self.device == "cpu" else 1)
+
+    @property
+    def threads_used(self) -> int:
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.lanes_used)
+
+    @property
+    def batch_frames_used(self) -> int:
+        return self.batch_frames or (1 if self.device == "cpu" else 8)
+
+    @property
     def camera_deadlines_s(self) -> dict[str, float]:
         """`camera_max_age_s` by camera, seconds; 0: never."""
         return dict(_deadline(one) for one in self.camera_max_age_s)

@@ -103,9 +103,8 @@ async def test_a_network_camera_is_seen_in_the_console_with_what_was_found(
                 page.on("console", lambda message: said.append(message.text))
                 await page.goto(address)
                 picture = page.locator(".tile .view img").first
-                await expect(picture).to_have_js_property(
-                    "naturalWidth", 480, timeout=180_000
-                )  # a tile asks for so many
+                # a tile asks for 480 pixels across
+                await expect(picture).to_have_js_property("naturalWidth", 480, timeout=180_000)
                 first = await picture.get_attribute("src")
                 await expect(picture).not_to_have_attribute("src", first or "", timeout=60_000)  # live
                 await expect(page.locator(".tile .found").first).to_contain_text("person", timeout=120_000)

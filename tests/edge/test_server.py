@@ -157,6 +157,7 @@ def test_it_starts_lean() -> None:
         "torch_mib = resident()\n"
         "import edge.server\n"
         "heavy = {'compressai', 'torchvision', 'lightning', 'matplotlib', 'cloud', 'trainer'} & set(sys.modules)\n"
+        "assert torch.version.cuda or resident() < 700\n"
         "print(sorted(heavy), resident() - torch_mib)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -91,8 +91,10 @@ def test_what_is_not_code_is_at_most_three_percent_at_quality_1(codec: Codec, as
 
 def test_target_bytes_is_kept_and_used(codec: Codec, astronaut: Frame) -> None:
     for target in (6_000, 12_000):
-        size = len(bits.to_bytes(codec.encode_to_size(astronaut, target)))
+        found = codec.encode_to_size(astronaut, target)
+        size = len(bits.to_bytes(found))
         assert 0.85 * target <= size <= target  # the coded size grows in steps of a sixteenth of the side
+        assert len(bits.to_bytes(codec.encode(astronaut, (found.quality + 1) / 256))) > target, "the next step fits not"
     assert codec.encode_to_size(astronaut, 10).quality == 256, "too small a target gives the smallest there is"
 
 
