@@ -12,6 +12,13 @@ from shared.codec.codec import Codec
 from shared.codec.types import Frame
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_S = 3600  # longest that a test marked slow may take; the others have pyproject.toml's limit
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
 
 
 @pytest.fixture(scope="session", autouse=True)
