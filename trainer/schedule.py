@@ -44,24 +44,25 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Weights as functions of progress. Defaults were found on runs of an hour; see the module's head for the shape.
+    """Weights as functions of progress. Defaults are those of the `detection` bundle's last runs: distortion
+    first and long, no pressure (docs/results.md). See the module's head for the shape.
 
     `span`: ratio of the finest to the coarsest level's price of distortion. `press_steps`: steps in which the weight
     of the rate is raised. `lr_floor`: the learning rate's last value as a share of its highest; `warmup_steps`: steps
     until that.
     """
 
-    span: float = 100.0
-    mse_start: float = 195.0
-    mse_end: float = 65.0
-    task: float = 1.8
-    distortion_until: float = 0.2
-    task_at: float = 0.35
-    rate_start: float = 0.7
-    press_from: float = 0.45
-    press_until: float = 0.8
+    span: float = 300.0
+    mse_start: float = 300.0
+    mse_end: float = 150.0
+    task: float = 1.0
+    distortion_until: float = 0.6
+    task_at: float = 0.7
+    rate_start: float = 1.0
+    press_from: float = 0.0
+    press_until: float = 0.1
     press_steps: int = 3
-    rounding_from: float = 0.85
+    rounding_from: float = 0.8
     lr_floor: float = 0.05
     warmup_steps: int = 100
 

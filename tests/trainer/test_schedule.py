@@ -15,7 +15,7 @@ PROGRESS = [i / 1000 for i in range(1001)]
 
 
 def test_distortion_comes_first_then_the_task_then_the_rate_is_pressed():
-    schedule = Schedule()
+    schedule = Schedule(rate_start=0.7, press_from=0.75, press_until=0.95)
     start = schedule.weights(0.0, LEVELS)
     task = schedule.weights(schedule.task_at, LEVELS)
     end = schedule.weights(1.0, LEVELS)
