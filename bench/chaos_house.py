@@ -15,6 +15,7 @@ SIGKILL is the kernel's.
 """
 
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -369,6 +370,7 @@ class House:
 
     def _camera(self, name: str, address: str, pause_s: float) -> Part:
         self._resting[name] = ""
+        lives = itertools.count()
 
         def on_line(facts: dict[str, Any]) -> None:
             self._resting[name] = facts.get("rests", "")
@@ -383,7 +385,7 @@ class House:
             name,
             self._folder,
             camera,
-            lambda: (address, name, self._tokens.get(name, 0) + 1, self._order, pause_s),
+            lambda: (address, name, self._tokens.get(name, 0) + 1, next(lives) > 0, self._order, pause_s),
             on_line,
         )
 

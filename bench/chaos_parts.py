@@ -55,20 +55,31 @@ def service(out: Connection, orders: Connection, log: Path, kind: str, flags: di
 
 
 def camera(
-    out: Connection, orders: Connection, log: Path, address: str, camera_id: str, first: int, order: str, pause_s: float
+    out: Connection,
+    orders: Connection,
+    log: Path,
+    address: str,
+    camera_id: str,
+    first: int,
+    again: bool,
+    order: str,
+    pause_s: float,
 ) -> None:
-    """Sends frame after frame, each until it holds a SPOOLED receipt; between two it obeys "go" and "rest ..."."""
+    """Sends frame after frame, each until it holds a SPOOLED receipt; between two it obeys "go" and "rest ...".
+
+    `again`: it has lived before. That life may have sent frame `first` and died before it had the answer, so this one
+    asks for it whatever the order is: a receipt that nobody was told would look like a frame that nobody sent.
+    """
     inbox: SimpleQueue[str] = SimpleQueue()
     _begin(out, orders, log, inbox.put)
     with grpc.insecure_channel(address, options=_CHANNEL) as channel:
         stub = edge_pb2_grpc.EdgeServiceStub(channel)
         _say(ready=True)
         for token in itertools.count(first):
-            while order != "go" or not inbox.empty():
+            while not (again and token == first) and (order != "go" or not inbox.empty()):
                 if inbox.empty():
                     _say(rests=order)
                 order = inbox.get()
-            # The last life may have sent this one and died before it had the answer: then the name must be the same.
             receipt = _until_receipt(stub, frame_request(camera_id, token))
             _say(receipt=name_of(receipt.frame), token=token)
             time.sleep(pause_s)
