@@ -3,19 +3,19 @@
     sightline bench uplink [--short] [--json]
 
 The link is a shaping proxy. Sightline's side is a real edge (Compress, spool, rate controller, uplink) with its budget
-set to the link's best rate, and a real cloud in a process of its own behind the link; frames ask for SPOOLED and leave
-quality open. Five pictures of 1280x960 a second need more encoding than two cores do beside all else, and what is
-measured is the link: so the pictures were coded before, at every half of a quality, and the edge's engine takes the one
-nearest to what the controller asks.
+set to the link's best rate, and the cloud's end of Upload; frames ask for SPOOLED and leave quality open. Five
+pictures of 1280x960 a second need more encoding than two cores do, and what is measured is the link: so the pictures
+were coded before, at every half of a quality, and the edge's engine takes the one nearest to what the controller asks.
 
 Peers on a link of their own: JPEG at a fixed quality, and x264 as a camera sets it (zerolatency, constant bit rate with
 a buffer of one second, a key picture every two seconds), both with a rate that the fast link carries. They send in
-order and drop nothing, as a recorder that must not lose pictures does. Behind the link they are decoded and given to
-the same task model, one after the other, without a log.
+order and drop nothing, as a recorder that must not lose pictures does.
 
 Reported: bits carried of the link's, in each phase after it has settled; the longest and last backlog in seconds of
-the rate; and the 95th percentile of a picture's time from capture to being whole at the cloud, and to its detections
-(Sightline's: in the log).
+the rate; and the 95th percentile of a picture's time from capture to being whole at the cloud, and to its detections.
+For the latter, what decoding and the task model take on this machine by themselves was measured before, for each
+picture and quality, and is added: as at a cloud that has a machine of its own and is not behind. (What a busy cloud
+adds: `sightline bench pipeline`.)
 """
 
 import asyncio
@@ -23,7 +23,7 @@ import io
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -32,18 +32,20 @@ from typing import Any
 import av
 import grpc
 import numpy as np
+import torch
 from PIL import Image
-from sightline.v1 import detection_pb2, detection_pb2_grpc, edge_pb2, edge_pb2_grpc
+from sightline.v1 import common_pb2, edge_pb2, edge_pb2_grpc, ingest_pb2, ingest_pb2_grpc
 
-from bench import plain
 from bench.pictures import Rgb, frame, jpeg, picture, size_name
 from bench.report import Plot, Report, Say, run
-from bench.services import folder_on_disk, started
+from bench.services import folder_on_disk
 from bench.shaper import Shaper
+from bench.timing import sample
+from cloud.tasks.loading import load_task
 from edge.server import Edge
 from edge.settings import EdgeSettings
 from shared.codec.codec import Codec
-from shared.codec.types import Bitstream, Frame, Symbols
+from shared.codec.types import QUALITY_STEP, Bitstream, Frame, Symbols
 
 FAST, SLOW = 8e6, 1e6
 FPS, PICTURES, SIZE = 5.0, 2, (960, 1280)
@@ -52,26 +54,34 @@ SETTLED_S = 6.0  # of a phase
 TARGET_USED = 90.0
 SHARE_OF_LINK = 0.9  # what the peers ask of the fast link
 TASK = "faster-rcnn-mobilenetv2"
+DECODED = 20  # pictures, to time a decoder
 
 
 @dataclass(slots=True)
 class Seen:
     """Of one sender, times in s from the start of the run.
 
-    `captured`: of each picture. `delays`: s to the cloud, `detected`: s to the detections, by time of capture.
-    `passed`: (time, bytes so far). `waiting`: (time, bytes that wait). `quality`: (time, quality).
+    `captured`: of each picture. `delays`: s to the cloud, by time of capture. `seeing`: s to decode it and to find
+    what is on it, likewise. `passed`: (time, bytes so far). `waiting`: (time, bytes that wait). `quality`: (time,
+    quality).
     """
 
     captured: list[float] = field(default_factory=list)
     delays: dict[float, float] = field(default_factory=dict)
-    detected: dict[float, float] = field(default_factory=dict)
+    seeing: dict[float, float] = field(default_factory=dict)
     passed: list[tuple[float, int]] = field(default_factory=list)
     waiting: list[tuple[float, float]] = field(default_factory=list)
     quality: list[tuple[float, float]] = field(default_factory=list)
 
-    def within(self, delays: dict[float, float], start: float, end: float, run_end: float) -> list[float]:
+    def delays_between(self, start: float, end: float, run_end: float) -> list[float]:
         """Of the pictures taken then; one that is not there yet counts with its age at the end of the run."""
-        return [min(delays.get(at, run_end), run_end - at) for at in self.captured if start <= at < end]
+        return [self.delays.get(at, run_end - at) for at in self.captured if start <= at < end]
+
+    def detected_between(self, start: float, end: float, run_end: float) -> list[float]:
+        """Likewise to the detections."""
+        delays = self.delays_between(start, end, run_end)
+        seeing = [self.seeing.get(at, 0.0) for at in self.captured if start <= at < end]
+        return [delay + own for delay, own in zip(delays, seeing, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +101,20 @@ class Phases:
 class Ladder:
     """Stands in the edge's engine for an encoder: pictures in turn, as they were coded before."""
 
-    def __init__(self, codec: Codec, frames: Sequence[Frame], say: Say) -> None:
+    def __init__(self, codec: Codec, frames: Sequence[Frame], see: Callable[[Rgb], None], say: Say) -> None:
         self._levels = np.arange(1, 8 + QUALITY_STEP_LADDER / 2, QUALITY_STEP_LADDER)
         self._coded = []
+        self._seeing = []
         for level in self._levels:
             say(f"coding at quality {level:g}")
-            self._coded.append(codec.encode_batch(frames, float(level)))
+            coded = codec.encode_batch(frames, float(level))
+            self._coded.append(coded)
+            self._seeing.append(_seconds(lambda coded=coded: see(codec.decode(coded[0]).rgb)))
         self._turn = 0
+
+    def seeing_s(self, quality: float) -> float:
+        """Seconds to decode a picture of that quality and to find what is on it."""
+        return self._seeing[int(np.abs(self._levels - quality).argmin())]
 
     def analyse(self, frames: Sequence[Frame], quality: float = 4.0) -> list[Any]:
         """Whole bitstreams, which the engine passes on where it would pack symbols."""
@@ -112,6 +129,31 @@ class Ladder:
         raise NotImplementedError("no frame of this run asks for a size")
 
 
+class CloudsEnd(ingest_pb2_grpc.IngestServiceServicer):
+    """Takes every frame, says RECEIVED and PERSISTED at once, and tells `came` its time of capture and quality."""
+
+    def __init__(self, came: Callable[[int, float], None]) -> None:
+        self._came = came
+
+    async def Upload(self, request_iterator: Any, context: Any) -> AsyncIterator[ingest_pb2.UploadResponse]:
+        models = [model.model_id for model in (await anext(request_iterator)).hello.models]
+        yield ingest_pb2.UploadResponse(welcome=ingest_pb2.Welcome(protocol_version=1, cloud_id="b", model_ids=models))
+        yield ingest_pb2.UploadResponse(credit=ingest_pb2.CreditGrant(frames=64, bytes=16 << 20))
+        async for request in request_iterator:
+            if request.WhichOneof("message") != "frame":
+                continue
+            frame = request.frame
+            self._came(frame.capture_time_unix_us, frame.quality_steps / QUALITY_STEP)
+            name = {"source_index": frame.source_index, "seq": frame.seq}
+            received = ingest_pb2.FrameAck(**name, state=ingest_pb2.ACK_STATE_RECEIVED)
+            end = ingest_pb2.FrameAck(
+                **name, state=ingest_pb2.ACK_STATE_PERSISTED, outcome=common_pb2.OUTCOME_DETECTIONS
+            )
+            yield ingest_pb2.UploadResponse(acks=ingest_pb2.Acks(acks=[received, end]))
+            size = len(frame.hyper) + len(frame.latents)
+            yield ingest_pb2.UploadResponse(credit=ingest_pb2.CreditGrant(frames=1, bytes=size))
+
+
 def measure(short: bool, say: Say) -> Report:
     phases = Phases(3.0 if short else 20.0)
     size = (96, 128) if short else SIZE
@@ -119,21 +161,27 @@ def measure(short: bool, say: Say) -> Report:
     settings |= {"fps": FPS, "size": size_name(size)}
     report = Report("uplink", "a link that falls to an eighth and comes back", settings)
     codec = Codec.load("detection")
-    ladder = Ladder(codec, [frame(size, i) for i in range(1 if short else PICTURES)], say)
+    task = load_task(TASK, threads=len(os.sched_getaffinity(0)))
+
+    def see(rgb: Rgb) -> None:
+        task.predict([torch.from_numpy(rgb).permute(2, 0, 1)], 0.1)
+
+    ladder = Ladder(codec, [frame(size, i) for i in range(1 if short else PICTURES)], see, say)
     pictures = [picture(size, i) for i in range(PICTURES)]
     seen = {}
-    with folder_on_disk() as folder, started("cloud", ["--tasks", TASK], folder) as cloud:
+    with folder_on_disk() as folder:
         say("sightline")
-        seen["sightline"] = asyncio.run(through_edge(ladder, codec.model_id, folder, cloud.address, phases))
+        seen["sightline"] = asyncio.run(through_edge(ladder, codec.model_id, folder, phases))
     frame_bits = SHARE_OF_LINK * FAST / FPS
     quality = max((q for q in range(5, 96, 5) if _mean_bits(pictures, q) < frame_bits), default=5)
     files = [jpeg(rgb, quality) for rgb in pictures]
-    with plain.detect(TASK, len(os.sched_getaffinity(0))) as port:
-        say(f"JPEG, quality {quality}")
-        seen["JPEG"] = asyncio.run(through_socket(lambda i: files[i % len(files)], bytes, port, phases))
-        say("x264")
-        coder = X264(pictures, SHARE_OF_LINK * FAST)
-        seen["x264"] = asyncio.run(through_socket(coder.code, coder.decode, port, phases))
+    say(f"JPEG, quality {quality}")
+    seeing_s = _seconds(lambda: see(np.array(Image.open(io.BytesIO(files[0])))))
+    seen["JPEG"] = asyncio.run(through_socket(lambda i: files[i % len(files)], seeing_s, phases))
+    say("x264")
+    coder = X264(pictures, SHARE_OF_LINK * FAST)
+    seeing_s = coder.decoding_s() + _seconds(lambda: see(pictures[0]))
+    seen["x264"] = asyncio.run(through_socket(coder.code, seeing_s, phases))
     settings["jpeg_quality"], settings["x264_bps"] = quality, SHARE_OF_LINK * FAST
     for name, one in seen.items():
         _figures(report, name, one, phases, seen["JPEG"])
@@ -141,32 +189,29 @@ def measure(short: bool, say: Say) -> Report:
     report.plots.append(Plot("Backlog: what waits, in s of the link's rate", "s", "s", backlogs))
     chosen = {"sightline": seen["sightline"].quality}
     report.plots.append(Plot("Quality that the controller chose", "s", "quality", chosen))
-    report.notes.append("A picture that had not come so far by the end of the run counts with its age then.")
+    report.notes.append("A picture that was not at the cloud by the end of the run counts with its age then.")
     return report
 
 
-async def through_edge(ladder: Ladder, model_id: str, folder: Path, cloud: str, phases: Phases) -> Seen:
-    """A real edge over the shaped link to a real cloud at this address."""
+async def through_edge(ladder: Ladder, model_id: str, folder: Path, phases: Phases) -> Seen:
+    """A real edge over the shaped link."""
     seen = Seen()
     start_us = 0
-    sizes: dict[float, int] = {}
-    came: dict[float, float] = {}
+    pending: dict[int, int] = {}  # bytes by time of capture; 0 for one that came, also before its receipt
+    cloud = grpc.aio.server()
 
-    async def watch() -> None:
-        """What the log says of each picture."""
-        async with grpc.aio.insecure_channel(cloud) as channel:
-            ask = detection_pb2.SubscribeRequest(position=detection_pb2.START_POSITION_BEGINNING)
-            async for answer in detection_pb2_grpc.DetectionServiceStub(channel).Subscribe(ask):
-                if answer.HasField("event"):
-                    times = (answer.event.capture_time, answer.event.received_time, answer.event.persisted_time)
-                    captured, received, logged = (time.ToMicroseconds() / 1e6 - start_us / 1e6 for time in times)
-                    came[round(captured, 6)] = received
-                    seen.delays[round(captured, 6)] = received - captured
-                    seen.detected[round(captured, 6)] = logged - captured
+    def came(captured_us: int, quality: float) -> None:
+        captured = (captured_us - start_us) / 1e6
+        seen.delays[captured] = (time.time_ns() // 1000 - captured_us) / 1e6
+        seen.seeing[captured] = ladder.seeing_s(quality)
+        pending[captured_us] = 0
 
-    async with Shaper(int(cloud.rsplit(":", 1)[1]), FAST) as link:
+    ingest_pb2_grpc.add_IngestServiceServicer_to_server(CloudsEnd(came), cloud)
+    port = cloud.add_insecure_port("127.0.0.1:0")
+    await cloud.start()
+    async with Shaper(port, FAST) as link:
         settings = EdgeSettings.load(
-            listen="127.0.0.1:0", metrics_listen="", data_dir=folder / "edge", cloud=f"127.0.0.1:{link.port}",
+            listen="127.0.0.1:0", metrics_listen="", data_dir=folder, cloud=f"127.0.0.1:{link.port}",
             uplink_budget_bps=FAST, threads=1,
         )  # fmt: skip
         edge = await Edge.start(settings)
@@ -176,26 +221,19 @@ async def through_edge(ladder: Ladder, model_id: str, folder: Path, cloud: str, 
             stub = edge_pb2_grpc.EdgeServiceStub(channel)
             options = edge_pb2.CompressOptions(delivery=edge_pb2.DELIVERY_SPOOLED)
             start_us = time.time_ns() // 1000
-            watching = asyncio.create_task(watch())
 
             async def one(now: float) -> None:
                 request = edge_pb2.CompressRequest(camera_id="link", encoded=small, options=options)
                 captured_us = time.time_ns() // 1000
                 request.capture_time.FromMicroseconds(captured_us)
-                captured = round((captured_us - start_us) / 1e6, 6)
-                seen.captured.append(captured)
+                seen.captured.append((captured_us - start_us) / 1e6)
                 receipt = (await stub.Compress(request)).receipt
                 seen.quality.append((now, receipt.quality))
-                sizes[captured] = receipt.coded_bytes
+                pending.setdefault(captured_us, receipt.coded_bytes)
 
-            await _paced(one, link, lambda: 0.0, seen, phases)
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await _paced(one, link, lambda: float(sum(pending.values())), seen, phases)
         await edge.close()
-    seen.waiting = [
-        (at, float(sum(size for taken, size in sizes.items() if taken <= at < came.get(taken, phases.end_s))))
-        for at, _ in seen.waiting
-    ]
+    await cloud.stop(0)
     return seen
 
 
@@ -203,6 +241,7 @@ class X264:
     """One picture after the other, as a live camera codes them."""
 
     def __init__(self, pictures: Sequence[Rgb], bps: float) -> None:
+        self._given = (pictures, bps)
         height, width = pictures[0].shape[:2]
         self._pictures = pictures
         self._coder: Any = av.CodecContext.create("libx264", "w")
@@ -211,9 +250,6 @@ class X264:
         self._coder.bit_rate, self._coder.gop_size, self._coder.max_b_frames = int(bps), int(2 * FPS), 0
         rates = f"vbv-maxrate={bps / 1e3:.0f}:vbv-bufsize={bps / 1e3:.0f}:nal-hrd=cbr"
         self._coder.options = {"preset": "veryfast", "tune": "zerolatency", "x264-params": rates}
-        self._decoder: Any = av.CodecContext.create("h264", "r")
-        self._decoder.flags |= av.codec.context.Flags.low_delay  # a picture out for each one in
-        self._decoder.thread_type = "SLICE"
 
     def code(self, index: int) -> bytes:
         """The scene moves a little each picture and changes every five seconds."""
@@ -222,38 +258,31 @@ class X264:
         given.pts = index
         return b"".join(bytes(packet) for packet in self._coder.encode(given))
 
-    def decode(self, data: bytes) -> bytes:
-        """What `code` gave, in the same order, as a file that needs no decoding to speak of."""
-        [decoded] = self._decoder.decode(av.Packet(data))
-        out = io.BytesIO()
-        Image.fromarray(decoded.to_ndarray(format="rgb24")).save(out, "BMP")
-        return out.getvalue()
+    def decoding_s(self) -> float:
+        """Seconds to decode a picture, the median of what a coder like this one gives for some."""
+        coder, decoder = X264(*self._given), av.CodecContext.create("h264", "r")
+        took = []
+        for packet in [coder.code(i) for i in range(DECODED)]:
+            start = time.perf_counter()
+            for decoded in decoder.decode(av.Packet(packet)):
+                decoded.to_ndarray(format="rgb24")
+            took.append(time.perf_counter() - start)
+        return sample(took).median
 
 
-async def through_socket(
-    code: Callable[[int], bytes], decode: Callable[[bytes], bytes], detector: int, phases: Phases
-) -> Seen:
-    """A sender without a controller: pictures in order, over one connection. `detector`: port of the plain service."""
+async def through_socket(code: Callable[[int], bytes], seeing_s: float, phases: Phases) -> Seen:
+    """A sender without a controller: pictures in order, over one connection. `seeing_s`: see `Seen`."""
     seen = Seen()
     origin = time.monotonic()
     ended = asyncio.Event()
-    arrived: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-
-    async def detect() -> None:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{detector}") as channel:
-            call = plain.stub(channel)
-            while True:
-                captured, data = await arrived.get()
-                await call(await asyncio.to_thread(decode, data))
-                seen.detected[captured] = time.monotonic() - origin - captured
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 captured, size = struct.unpack("<dI", await reader.readexactly(12))
-                data = await reader.readexactly(size)
+                await reader.readexactly(size)
                 seen.delays[captured] = time.monotonic() - origin - captured
-                arrived.put_nowait((captured, data))
+                seen.seeing[captured] = seeing_s
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
             ended.set()
@@ -264,7 +293,6 @@ async def through_socket(
         offered = 0
         coding = asyncio.Lock()
         origin = time.monotonic()
-        detecting = asyncio.create_task(detect())
 
         async def one(_: float) -> None:
             nonlocal offered
@@ -277,8 +305,6 @@ async def through_socket(
             writer.write(struct.pack("<dI", captured, len(data)) + data)  # what the link does not take waits in memory
 
         await _paced(one, link, lambda: float(offered - link.passed_bytes), seen, phases)
-        detecting.cancel()
-        await asyncio.gather(detecting, return_exceptions=True)
         writer.transport.abort()
         await ended.wait()
     return seen
@@ -319,9 +345,8 @@ def _figures(report: Report, name: str, seen: Seen, phases: Phases, peer: Seen) 
         ("", 0.0, phases.end_s),
         (" at 1 Mbit/s, settled", phases.each_s + min(SETTLED_S, phases.each_s / 2), 2 * phases.each_s),
     ):
-        for where, own, its in (("cloud", seen.delays, peer.delays), ("detection", seen.detected, peer.detected)):
-            p95 = float(np.percentile(seen.within(own, start, end, phases.end_s), 95))
-            other = float(np.percentile(peer.within(its, start, end, phases.end_s), 95))
+        for where, delays in (("cloud", Seen.delays_between), ("detection", Seen.detected_between)):
+            p95, other = (float(np.percentile(delays(each, start, end, phases.end_s), 95)) for each in (seen, peer))
             report.add(f"{name}: capture to {where}, p95{phase}", p95, "s", peer=("JPEG", other) if ours else None)
     there = sum(at + delay <= phases.end_s for at, delay in seen.delays.items())
     report.add(f"{name}: pictures at the cloud by the end", 100 * there / len(seen.captured), "%")
@@ -332,6 +357,17 @@ def _figures(report: Report, name: str, seen: Seen, phases: Phases, peer: Seen) 
 
 def _backlog(seen: Seen, phases: Phases) -> list[tuple[float, float]]:
     return [(at, 8 * waiting / phases.rate(at)) for at, waiting in seen.waiting]
+
+
+def _seconds(see: Callable[[], Any]) -> float:
+    """The median of a few."""
+    see()
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        see()
+        took.append(time.perf_counter() - start)
+    return sample(took).median
 
 
 def _mean_bits(pictures: Sequence[Rgb], quality: int) -> float:
