@@ -185,7 +185,7 @@ def _publish_settings(registry: CollectorRegistry, settings: EdgeSettings) -> No
 
 
 def _load_codecs(settings: EdgeSettings) -> list[Codec]:
-    """The default first; of different names."""
+    """The default first; of different names and weights."""
     if settings.device == "cpu":
         torch.set_num_threads(settings.threads_used)
     codecs: dict[str, Codec] = {}
@@ -194,6 +194,8 @@ def _load_codecs(settings: EdgeSettings) -> list[Codec]:
         name = codec.bundle.name
         if name in codecs:
             raise InvalidSettings(f"setting models: two bundles are named {name!r}; expected different ones")
+        if twin := next((other for other in codecs if codecs[other].model_id == codec.model_id), None):
+            raise InvalidSettings(f"setting models: {twin!r} and {name!r} are one model: {codec.model_id}")
         codecs[name] = codec
     return list(codecs.values())
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from sightline.v1 import edge_pb2, edge_pb2_grpc
 
 from edge.server import Edge
 from edge.settings import EdgeSettings
+from shared.codec.bundle import WEIGHTS
 from shared.errors import InvalidSettings, UnknownModel
 from tests.edge.conftest import RunningEdge
 
@@ -182,6 +184,14 @@ async def test_what_cannot_work_is_told_at_start_and_leaves_nothing_running(
     with pytest.raises(error, match=sentence):
         await Edge.start(EdgeSettings.load(**{"listen": "127.0.0.1:0", "data_dir": tmp_path / "edge", **flags}))
     assert not {"spool-writer", "transform_0"} & {thread.name for thread in threading.enumerate()}
+
+
+async def test_one_model_under_two_names_is_refused(tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(WEIGHTS / "detection", tmp_path / "twin")) / "manifest.json"
+    twin.write_text(twin.read_text().replace('"name": "detection"', '"name": "twin"'))
+    models = ["detection", str(twin.parent)]
+    with pytest.raises(InvalidSettings, match="'detection' and 'twin' are one model"):
+        await Edge.start(EdgeSettings.load(listen="127.0.0.1:0", data_dir=tmp_path / "edge", models=models))
 
 
 async def test_an_edge_waits_for_a_spool_that_another_still_holds_and_then_takes_over(
