@@ -121,7 +121,7 @@ def test_gradient_norms_are_those_of_the_weighted_terms(pictures):
     norms = gradient_norms(codec_terms(x, x_hat, bits, weights, None, None, SCALE), y)
     assert set(norms) == {"rate", "mse"}
     assert norms["rate"] == pytest.approx(1.0 / 2 / 16 * math.sqrt(32), rel=1e-5)
-    assert norms["mse"] == pytest.approx(float(weights.mse[0]) * 2 * 0.5 / 2 / 16 * math.sqrt(32), rel=1e-5)
+    assert norms["mse"] == pytest.approx(150.0 * 2 * 0.5 / 2 / 16 * math.sqrt(32), rel=1e-5)
 
 
 def test_own_detections_of_a_mask_network_are_labels_with_masks(pictures):
