@@ -40,7 +40,7 @@ from bench.pictures import Rgb, frame, jpeg, picture, size_name
 from bench.report import Plot, Report, Say, run
 from bench.services import folder_on_disk
 from bench.shaper import Shaper
-from bench.timing import sample
+from bench.timing import in_turns
 from cloud.tasks.loading import load_task
 from edge.server import Edge
 from edge.settings import EdgeSettings
@@ -114,13 +114,16 @@ class Ladder:
 
     def seeing_s(self, quality: float) -> float:
         """Seconds to decode a picture of that quality and to find what is on it."""
-        return self._seeing[int(np.abs(self._levels - quality).argmin())]
+        return self._seeing[self._nearest(quality)]
 
     def analyse(self, frames: Sequence[Frame], quality: float = 4.0) -> list[Any]:
         """Whole bitstreams, which the engine passes on where it would pack symbols."""
-        level = int(np.abs(self._levels - quality).argmin())
+        level = self._nearest(quality)
         self._turn += len(frames)
         return [self._coded[level][(self._turn + i) % len(self._coded[level])] for i in range(len(frames))]
+
+    def _nearest(self, quality: float) -> int:
+        return int(np.abs(self._levels - quality).argmin())
 
     def pack(self, symbols: Symbols) -> Bitstream:
         raise NotImplementedError("every frame of the ladder is packed")
@@ -179,9 +182,9 @@ def measure(short: bool, say: Say) -> Report:
     seeing_s = _seconds(lambda: see(np.array(Image.open(io.BytesIO(files[0])))))
     seen["JPEG"] = asyncio.run(through_socket(lambda i: files[i % len(files)], seeing_s, phases))
     say("x264")
-    coder = X264(pictures, SHARE_OF_LINK * FAST)
-    seeing_s = coder.decoding_s() + _seconds(lambda: see(pictures[0]))
-    seen["x264"] = asyncio.run(through_socket(coder.code, seeing_s, phases))
+    given = (pictures, SHARE_OF_LINK * FAST)
+    seeing_s = x264_decoding_s(*given) + _seconds(lambda: see(pictures[0]))
+    seen["x264"] = asyncio.run(through_socket(X264(*given).code, seeing_s, phases))
     settings["jpeg_quality"], settings["x264_bps"] = quality, SHARE_OF_LINK * FAST
     for name, one in seen.items():
         _figures(report, name, one, phases, seen["JPEG"])
@@ -241,7 +244,6 @@ class X264:
     """One picture after the other, as a live camera codes them."""
 
     def __init__(self, pictures: Sequence[Rgb], bps: float) -> None:
-        self._given = (pictures, bps)
         height, width = pictures[0].shape[:2]
         self._pictures = pictures
         self._coder: Any = av.CodecContext.create("libx264", "w")
@@ -258,16 +260,17 @@ class X264:
         given.pts = index
         return b"".join(bytes(packet) for packet in self._coder.encode(given))
 
-    def decoding_s(self) -> float:
-        """Seconds to decode a picture, the median of what a coder like this one gives for some."""
-        coder, decoder = X264(*self._given), av.CodecContext.create("h264", "r")
-        took = []
-        for packet in [coder.code(i) for i in range(DECODED)]:
-            start = time.perf_counter()
-            for decoded in decoder.decode(av.Packet(packet)):
-                decoded.to_ndarray(format="rgb24")
-            took.append(time.perf_counter() - start)
-        return sample(took).median
+
+def x264_decoding_s(pictures: Sequence[Rgb], bps: float) -> float:
+    """Seconds to decode a picture of such a coder."""
+    coder, decoder = X264(pictures, bps), av.CodecContext.create("h264", "r")
+    packets = iter([av.Packet(coder.code(i)) for i in range(DECODED)])
+
+    def decode() -> None:
+        for decoded in decoder.decode(next(packets)):
+            decoded.to_ndarray(format="rgb24")
+
+    return _seconds(decode, DECODED - 1)
 
 
 async def through_socket(code: Callable[[int], bytes], seeing_s: float, phases: Phases) -> Seen:
@@ -359,15 +362,9 @@ def _backlog(seen: Seen, phases: Phases) -> list[tuple[float, float]]:
     return [(at, 8 * waiting / phases.rate(at)) for at, waiting in seen.waiting]
 
 
-def _seconds(see: Callable[[], Any]) -> float:
-    """The median of a few."""
-    see()
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        see()
-        took.append(time.perf_counter() - start)
-    return sample(took).median
+def _seconds(work: Callable[[], object], rounds: int = 3) -> float:
+    """The median of so many, after one that does not count."""
+    return in_turns({"it": work}, rounds)["it"].median / 1e3
 
 
 def _mean_bits(pictures: Sequence[Rgb], quality: int) -> float:
