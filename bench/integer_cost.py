@@ -25,7 +25,7 @@ from shared.codec.hyper import SCALE_COUNT
 from shared.codec.transforms import interpolate_levels
 from shared.codec.types import MEAN_STEPS, Frame
 from trainer.export import trainable_from_bundle
-from trainer.model import SCALE_MIN
+from trainer.model import SCALE_MIN, TrainableCodec
 from trainer.quantise import LOG_STEP
 
 QUALITIES = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -42,16 +42,16 @@ def measure(reference: str, images: list[Path]) -> list[dict[str, float]]:
         for row in rows:
             quality = int(row["quality"]) * 256
             y = codec.latents([frame], quality)
-            for name, bits in _code_lengths(codec, model.h_s, frame, y, quality).items():
+            for name, bits in _code_lengths(codec, model, frame, y, quality).items():
                 row[name] += bits
     return rows
 
 
-def _code_lengths(codec: Codec, h_s: torch.nn.Module, frame: Frame, y: Tensor, quality: int) -> dict[str, float]:
+def _code_lengths(codec: Codec, model: TrainableCodec, frame: Frame, y: Tensor, quality: int) -> dict[str, float]:
     symbols = codec.quantise(y, [quality], [frame])[0]
     scaled = y * interpolate_levels(torch.from_numpy(codec.bundle.arrays["gain.log"]), torch.tensor([quality]))
-    means, log_scales = h_s(torch.from_numpy(symbols.z_hat)[None].float(), torch.tensor([quality]))
-    means, log_scales = means[..., : y.shape[2], : y.shape[3]], log_scales[..., : y.shape[2], : y.shape[3]]
+    z_hat = torch.from_numpy(symbols.z_hat)[None].float()
+    means, log_scales = model.coding(scaled, z_hat, torch.tensor([quality]))
     coded = symbols.scale_indexes >= codec.bundle.skip_below
     indexes = ((log_scales - math.log(SCALE_MIN)) / LOG_STEP).round().clamp(0, SCALE_COUNT - 1)
     rounded_symbols = (scaled - (means * MEAN_STEPS).round() / MEAN_STEPS).round()

@@ -85,6 +85,7 @@ app.add_typer(
 
 train = typer.Typer(no_args_is_help=True)
 train.command("codec", context_settings=PASS_ON)(training.codec)
+train.command("entropy", context_settings=PASS_ON)(training.entropy)
 train.command("scales", context_settings=PASS_ON)(training.scales)
 train.command("task", context_settings=PASS_ON)(training.task)
 app.add_typer(train, name="train", rich_help_panel="Train and measure", help="Train a codec or a task network.")

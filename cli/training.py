@@ -1,4 +1,4 @@
-"""`sightline train codec`, `scales` and `task`, and `evaluate`: flags and a TOML file become the trainer's settings.
+"""`sightline train` and `sightline evaluate`: flags and a TOML file become the trainer's settings.
 
 The settings are dataclasses whose docstrings describe each field as "`name`: what it is."; a part that is a dataclass
 itself is a table in the file and a prefix with a dot among the flags: [schedule] span, --schedule.span.
@@ -42,6 +42,17 @@ def scales(context: typer.Context) -> None:
         print(f"The bundle is {train_scales(settings)}")
 
     run_settings(ScaleSettings, start, context.args, "sightline train scales", scales.__doc__ or "")
+
+
+def entropy(context: typer.Context) -> None:
+    """Train a codec's entropy model on whole pictures, and give it a context model."""
+    import_quietly()
+    from trainer.entropy import EntropySettings, train_entropy
+
+    def start(settings: EntropySettings) -> None:
+        print(f"The bundle is {train_entropy(settings)}")
+
+    run_settings(EntropySettings, start, context.args, "sightline train entropy", entropy.__doc__ or "")
 
 
 def task(context: typer.Context) -> None:

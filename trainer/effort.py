@@ -3,11 +3,11 @@
 The latents' residuals from their means are moved so that rate and the frozen network's feature distance of the decode
 fall together; hyper-latents, and with them means and scales, stay. Each residual is drawn between its two neighbouring
 integers, ever more surely so, and gradients flow through the draw (stochastic Gumbel annealing: Yang, Bamler, Mandt,
-"Improving Inference for Neural Image Compression", NeurIPS 2020). What comes out is judged with hard rounding, and the
-plain encoding is kept where it is better.
+"Improving Inference for Neural Image Compression", NeurIPS 2020). What comes out is coded as any latents are, and the
+plain encoding is kept where it is better. (While they move, what a context model says of the second pass stays, too.)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,24 +47,36 @@ def encode_with_effort(
     start = codec.analyse([frame], quality)[0]
     problem = _Problem(codec, frame, start, task, schedule)
     generator = torch.Generator(device=codec.device).manual_seed(seed)
+    plain = _Coding(start, codec)
     with torch.no_grad():
         y = codec.latents([frame], start.quality) * interpolate_levels(problem.log_gain, problem.steps)
-    residual = (y - problem.means).requires_grad_()
+    residual = (y - plain.means).requires_grad_()
     optimiser = torch.optim.Adam([residual], lr=RATE)
     for i in range(steps):
         temperature = TEMPERATURE * float(np.exp(-COOLING * i / steps))
-        cost = problem.cost(problem.coded * _drawn(residual, temperature, generator))
+        cost = problem.cost(plain.coded * _drawn(residual, temperature, generator), plain)
         optimiser.zero_grad(set_to_none=True)
         cost.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     with torch.no_grad():
-        moved = problem.coded * residual.detach().round()
-        plain = torch.from_numpy(start.symbols)[None].to(moved)
-        plain_cost, cost_of_moved = float(problem.cost(plain)), float(problem.cost(moved))
+        target = plain.coded * residual.detach().round() + plain.means
+        z_hat = torch.from_numpy(start.z_hat)[None].to(codec.device)
+        moved = codec.quantise_given(z_hat, target, [start.quality], [frame])[0]
+        plain_cost, cost_of_moved = (float(problem.cost(c.symbols, c)) for c in (plain, _Coding(moved, codec)))
     if cost_of_moved >= plain_cost:
         return Effort(codec.pack(start), plain_cost, plain_cost)
-    symbols = replace(start, symbols=moved[0].to(torch.int32).cpu().numpy())
-    return Effort(codec.pack(symbols), plain_cost, cost_of_moved)
+    return Effort(codec.pack(moved), plain_cost, cost_of_moved)
+
+
+class _Coding:
+    """Symbols and what codes them, as tensors [1, M, hy, wy]: `coded` is 1 where a symbol is not skipped."""
+
+    def __init__(self, symbols: Symbols, codec: Codec) -> None:
+        indexes = torch.from_numpy(symbols.scale_indexes.astype(np.int64))[None].to(codec.device)
+        self.symbols = torch.from_numpy(symbols.symbols)[None].to(codec.device).float()
+        self.means = torch.from_numpy(symbols.means)[None].to(codec.device).float() / MEAN_STEPS
+        self.scales = torch.from_numpy(SCALES.astype(np.float32)).to(codec.device)[indexes]
+        self.coded = (indexes >= codec.bundle.skip_below).float()
 
 
 class _Problem:
@@ -77,10 +89,6 @@ class _Problem:
         self.log_gain = torch.from_numpy(codec.bundle.arrays["gain.log"].astype(np.float32)).to(device)
         log_inverse = torch.from_numpy(codec.bundle.arrays["gain.log_inverse"].astype(np.float32)).to(device)
         self.inverse_gain = interpolate_levels(log_inverse, self.steps)
-        self.means = torch.from_numpy(start.means)[None].to(device).float() / MEAN_STEPS
-        indexes = torch.from_numpy(start.scale_indexes.astype(np.int64))[None].to(device)
-        self.scales = torch.from_numpy(SCALES.astype(np.float32)).to(device)[indexes]
-        self.coded = (indexes >= codec.bundle.skip_below).float()
         self.x = torch.from_numpy(frame.rgb.copy()).to(device).permute(2, 0, 1)[None].float() / 255
         self.coded_size = codec.coded_size(frame.height, frame.width, start.quality)
         self.scale = task.network.short_side / min(frame.height, frame.width)
@@ -90,13 +98,13 @@ class _Problem:
             self.wanted = task.network.features(self.x, self.scale)
         self.weights = schedule.weights(1.0, (self.steps - 256).float() / 256)
 
-    def cost(self, residual: Tensor) -> Tensor:
-        """Weighted cost, a scalar, of residuals [1, M, hy, wy], whole or between integers."""
+    def cost(self, residual: Tensor, coding: _Coding) -> Tensor:
+        """Weighted cost, a scalar, of residuals [1, M, hy, wy], whole or between integers, as `coding` codes them."""
         height, width = self.coded_size
         off = residual.abs()
-        likelihood = _below((0.5 - off) / self.scales) - _below((-0.5 - off) / self.scales)
-        bits = -(likelihood.clamp(min=LEAST_LIKELIHOOD).log2() * self.coded).sum()
-        scaled = (residual + self.means) * self.inverse_gain
+        likelihood = _below((0.5 - off) / coding.scales) - _below((-0.5 - off) / coding.scales)
+        bits = -(likelihood.clamp(min=LEAST_LIKELIHOOD).log2() * coding.coded).sum()
+        scaled = (residual + coding.means) * self.inverse_gain
         scaled = scaled.to(self.codec.dtype).contiguous(memory_format=torch.channels_last)
         x_hat = self.codec.g_s(scaled)[:, :, :height, :width].float()
         if self.coded_size != tuple(self.x.shape[2:]):

@@ -1,8 +1,8 @@
 """From a trained codec to a weights bundle, and back to a trainable one.
 
 Export folds the factorised prior's medians into h_a (so that z_hat is plain rounding), turns the float h_s into
-integers, freezes the probability models as integer tables, and writes fp16 weights. `training.*` keeps in fp16 what
-training needs to go on: float h_s and the entropy bottleneck.
+integers, freezes the probability models as integer tables, and writes fp16 weights. What training needs to go on is in
+a bundle too: the entropy bottleneck in fp16 as `training.*`, and the float h_s and context model as their integers say.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from shared.codec.hyper import SCALE_COUNT
 from shared.codec.tables import from_pmfs, gaussian_tables
 from shared.codec.transforms import interpolate_levels
 from trainer.model import LEVELS, SCALE_MAX, SCALE_MIN, TrainableCodec
-from trainer.quantise import quantise_hyper_synthesis
+from trainer.quantise import Calibration, float_hyper_synthesis, quantise_hyper_synthesis
 
 SKIP_BELOW = 3  # scale index; below it a latent is nonzero less than once in 700
 SCALES = np.exp(np.linspace(np.log(SCALE_MIN), np.log(SCALE_MAX), SCALE_COUNT))  # of the tables, by scale index
 PMF_TAIL = 1e-7
 PMF_REACH = 1024
-_TRAINING_MODULES = ("h_s", "entropy_bottleneck")
+_PRIOR = "training.entropy_bottleneck."
 
 
 @torch.no_grad()
@@ -44,8 +44,6 @@ def export_bundle(
     """
     model = model.eval().float()
     medians = model.medians()
-    qualities = [256 * (level + 1) for level in range(LEVELS)]
-    z_symbols = _calibration_symbols(model, calibration, qualities, medians)
     arrays: dict[str, NDArray[Any]] = {}
     for prefix in ("g_a", "h_a", "g_s"):
         for key, value in getattr(model, prefix).state_dict().items():
@@ -54,15 +52,14 @@ def export_bundle(
     arrays["h_a.last.bias"] = folded.to(torch.float16).numpy()
     arrays["gain.log"] = model.log_gain.detach().numpy().astype(np.float32)
     arrays["gain.log_inverse"] = model.log_inverse_gain.detach().numpy().astype(np.float32)
-    arrays |= quantise_hyper_synthesis(model.h_s, z_symbols, qualities)
+    arrays |= quantise_hyper_synthesis(model, _calibration(model, calibration))
     arrays |= gaussian_tables(SCALES).to_arrays("tables.y")
     arrays |= from_pmfs(*factorised_pmfs(model)).to_arrays("tables.z")
     if scales is not None:
         arrays[SCALE_TENSOR] = np.array(scales, np.uint8)
-    for module in _TRAINING_MODULES:
-        for key, value in getattr(model, module).state_dict().items():
-            if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":
-                arrays[f"training.{module}.{key}"] = value.to(torch.float16).numpy()
+    for key, value in model.entropy_bottleneck.state_dict().items():
+        if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":
+            arrays[_PRIOR + key] = value.to(torch.float16).numpy()
     return save_bundle(folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays, info=info)
 
 
@@ -72,10 +69,10 @@ def trainable_from_bundle(reference: str | Path) -> TrainableCodec:
     bundle = load_bundle(reference)
     model = TrainableCodec(bundle.architecture)
     state = model.state_dict()
-    for key, value in bundle.arrays.items():
-        target = key.removeprefix("training.")
-        if target in state and not (key.startswith("h_s.")):
-            state[target] = torch.from_numpy(np.asarray(value)).to(state[target].dtype).reshape(state[target].shape)
+    floats = {k.removeprefix("training."): v for k, v in bundle.arrays.items() if not k.startswith("h_s.")}
+    for key, value in {**floats, **float_hyper_synthesis(bundle.arrays)}.items():
+        if key in state:
+            state[key] = torch.from_numpy(np.asarray(value)).to(state[key].dtype).reshape(state[key].shape)
     state["log_gain"] = torch.from_numpy(bundle.arrays["gain.log"].copy())
     state["log_inverse_gain"] = torch.from_numpy(bundle.arrays["gain.log_inverse"].copy())
     model.load_state_dict(state)
@@ -100,12 +97,12 @@ def factorised_pmfs(model: TrainableCodec) -> tuple[list[NDArray[np.float64]], l
     return pmfs, offsets
 
 
-def _calibration_symbols(
-    model: TrainableCodec, pictures: Sequence[Tensor], qualities: Sequence[int], medians: Tensor
-) -> list[Tensor]:
-    """Rounded hyper-latents of the pictures at each quality, one tensor a quality; pictures must share one size."""
+def _calibration(model: TrainableCodec, pictures: Sequence[Tensor]) -> list[Calibration]:
+    """What the entropy model sees of the pictures at each quality; pictures must share one size."""
     y = model.g_a(torch.stack(list(pictures)))
-    return [
-        (model.h_a(y * interpolate_levels(model.log_gain, torch.tensor([steps] * len(y)))) - medians).round()
-        for steps in qualities
-    ]
+    seen = []
+    for level in range(LEVELS):
+        steps = torch.full((len(y),), 256 * (level + 1))
+        scaled = y * interpolate_levels(model.log_gain, steps)
+        seen.append(Calibration(scaled, (model.h_a(scaled) - model.medians()).round(), steps))
+    return seen

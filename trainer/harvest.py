@@ -38,8 +38,10 @@ class Curve:
         return Curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
-def tuning_tensors(pictures: Sequence[Picture], count: int, zoom: tuple[float, float] = (1.0, 1.0)) -> list[Tensor]:
-    """The middle parts of `count` pictures spread over `pictures`, uint8 [3, H, W], sides multiples of 64.
+def tuning_tensors(
+    pictures: Sequence[Picture], count: int, zoom: tuple[float, float] = (1.0, 1.0), side: int = SIDE
+) -> list[Tensor]:
+    """The middle parts of `count` pictures spread over `pictures`, uint8 [3, H, W], at most `side`, multiples of 64.
 
     `zoom`: range of the factors that training resizes by; these are resized by its geometric mean.
     """
@@ -47,7 +49,7 @@ def tuning_tensors(pictures: Sequence[Picture], count: int, zoom: tuple[float, f
     tensors = []
     for picture in spread(pictures, count):
         rgb = resized(picture.read(), factor)
-        height, width = (min(side, SIDE) // ALIGN * ALIGN for side in rgb.shape[:2])
+        height, width = (min(own, side) // ALIGN * ALIGN for own in rgb.shape[:2])
         if min(height, width) == 0:
             continue
         top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2

@@ -59,9 +59,15 @@ def widened(codec: TrainableCodec, m: int, pictures: Sequence[Tensor]) -> Traina
     for name in ("g_s.body.0.weight", "h_a.body.0.weight"):
         state[name].zero_()[:, :old] = own[name]
     for name in ("h_s.conv3.weight", "h_s.conv3.bias"):  # means, then log scales: those of the last latent fit best
-        means, scales = own[name].chunk(2)
+        means, scales, hidden = own[name].split([old, old, codec.arch.context])
         more = scales[-1:].expand(m - old, *scales.shape[1:])
-        state[name].copy_(torch.cat([means, torch.zeros_like(more), scales, more]))
+        state[name].copy_(torch.cat([means, torch.zeros_like(more), scales, more, hidden]))
+    if codec.context is not None:  # which tells the new ones nothing yet, and learns nothing from them
+        state["context.conv1.weight"].zero_()[:, :old] = own["context.conv1.weight"]
+        for name in ("context.conv2.weight", "context.conv2.bias"):
+            means, scales = own[name].chunk(2)
+            none = torch.zeros_like(means[:1]).expand(m - old, *means.shape[1:])
+            state[name].copy_(torch.cat([means, none, scales, none]))
     for name in ("log_gain", "log_inverse_gain"):
         state[name].copy_(torch.cat([own[name], own[name][:, -1:].expand(-1, m - old)], 1))
     wide.load_state_dict(state)

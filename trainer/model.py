@@ -2,6 +2,7 @@
 
     x -> g_a -> y -> * gain[level] -> + noise or round -> * 1/gain'[level] -> g_s -> x_hat
                         |-> h_a -> z -> entropy bottleneck -> z_hat -> h_s (+ level bias) -> means, log scales
+                                                   (and a context model for latents of the second pass)
 
 The mean & scale hyperprior is Minnen et al. 2018; gains a quality level are Cui et al., CVPR 2021. What ships is
 made from this by `trainer.export`: h_s becomes integer, the entropy models become tables.
@@ -14,6 +15,7 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.codec.hyper import KNOWN_TOP, first_pass
 from shared.codec.transforms import (
     AnalysisTransform,
     Architecture,
@@ -29,25 +31,38 @@ SCALE_MAX = 256.0
 
 
 class HyperSynthesis(nn.Module):
-    """Float h_s: z_hat [B, Z, hz, wz] -> means, log scales, each [B, M, 4 hz, 4 wz].
-
-    The first layer adds a bias a quality level, the one place where h_s sees the quality.
-    """
+    """Float h_s. The first layer adds a bias a quality level, the one place where h_s sees the quality."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(arch.z, 4 * arch.h, 3, padding=1)
         self.conv2 = nn.Conv2d(arch.h, 4 * arch.h, 3, padding=1)
-        self.conv3 = nn.Conv2d(arch.h, 2 * arch.m, 3, padding=1)
+        self.conv3 = nn.Conv2d(arch.h, 2 * arch.m + arch.context, 3, padding=1)
         self.level_bias = nn.Parameter(torch.zeros(LEVELS, 4 * arch.h))
 
-    def forward(self, z_hat: Tensor, quality_steps: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(z_hat.device.type, enabled=False):
-            bias = between_levels(self.level_bias, quality_steps)
-            a = F.relu(F.pixel_shuffle(self.conv1(z_hat) + bias, 2))
-            a = F.relu(F.pixel_shuffle(self.conv2(a), 2))
-            means, log_scales = self.conv3(a).chunk(2, dim=1)
-        return means, log_scales
+    def forward(self, z_hat: Tensor, quality_steps: Tensor) -> Tensor:
+        """z_hat [B, Z, hz, wz] -> means, log scales, and what the context model adds to, [B, 2 M + c, 4 hz, 4 wz]."""
+        bias = between_levels(self.level_bias, quality_steps)
+        a = F.relu(F.pixel_shuffle(self.conv1(z_hat) + bias, 2))
+        a = F.relu(F.pixel_shuffle(self.conv2(a), 2))
+        out: Tensor = self.conv3(a)
+        return out
+
+
+class ContextModel(nn.Module):
+    """What known symbols add to the means and log scales of those beside them; begins by adding nothing."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(arch.m, arch.context, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(arch.context, 2 * arch.m, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, prior: Tensor, known: Tensor) -> Tensor:
+        """`prior`: from h_s, [B, c, h, w]; `known`: symbols [B, M, h, w], 0 where unknown -> [B, 2 M, h, w]."""
+        out: Tensor = self.conv2(F.relu(prior + self.conv1(known)))
+        return out
 
 
 class _SharedNoise:
@@ -73,6 +88,15 @@ class SharedNoiseGaussian(_SharedNoise, GaussianConditional):  # type: ignore[mi
 
 
 @dataclass(frozen=True, slots=True)
+class Coded:
+    """`y_hat`: latents as g_s gets them, before the gain, [B, M, h, w]. `bits_y`, `bits_z`: bits a picture, [B]."""
+
+    y_hat: Tensor
+    bits_y: Tensor
+    bits_z: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingOutput:
     """`x_hat` [B, 3, H, W]; `bits_y`, `bits_z`: bits a picture, [B] (paper eq. 2); `y` scaled latents [B, M, h, w]."""
 
@@ -91,6 +115,7 @@ class TrainableCodec(nn.Module):
         self.g_s = SynthesisTransform(self.arch)
         self.h_a = HyperAnalysisTransform(self.arch)
         self.h_s = HyperSynthesis(self.arch)
+        self.context = ContextModel(self.arch) if self.arch.context else None
         self.entropy_bottleneck = SharedNoisePrior(self.arch.z)
         self.gaussian = SharedNoiseGaussian(None, scale_bound=SCALE_MIN)
         start = torch.linspace(-0.5, 0.5, LEVELS) * torch.log(torch.tensor(gain_span))
@@ -113,14 +138,20 @@ class TrainableCodec(nn.Module):
         what is really coded; y and the means keep the noisy rate's gradient, for rounding has none.
         """
         y = self.g_a(x) * interpolate_levels(self.log_gain, quality_steps)
+        coded = self.code(y, quality_steps, rounded=rounded)
+        x_hat = self.g_s(coded.y_hat * interpolate_levels(self.log_inverse_gain, quality_steps))
+        return TrainingOutput(x_hat=x_hat, bits_y=coded.bits_y, bits_z=coded.bits_z, y=y)
+
+    def code(self, y: Tensor, quality_steps: Tensor, *, rounded: float = 0.0) -> Coded:
+        """The entropy model alone. `y`: scaled latents [B, M, h, w]; `rounded` as above."""
         z = self.h_a(y)
-        with torch.autocast(x.device.type, enabled=False):  # a difference of two sigmoids: bfloat16 would lose it
+        with torch.autocast(y.device.type, enabled=False):  # a difference of two sigmoids: bfloat16 would lose it
             z_hat, z_likelihoods = self.entropy_bottleneck(z)
-        medians = self.medians()
-        if rounded > 0:
-            z_hat = z + ((z - medians).round() + medians - z).detach()
-        # h_s sees symbols: zero is the median, at the border's zero padding too
-        means, log_scales = self.h_s(z_hat - medians, quality_steps)
+            medians = self.medians()
+            if rounded > 0:
+                z_hat = z + ((z - medians).round() + medians - z).detach()
+            # h_s sees symbols: zero is the median, at the border's zero padding too
+            means, log_scales = self.coding(y, z_hat - medians, quality_steps)
         scales = log_scales.clamp(max=5.6).exp()  # the lower bound, with its own gradient rule, is in `gaussian`
         y_hat, likelihoods = self.gaussian(y, scales.detach() if rounded > 0 else scales, means=means)
         bits_y = _bits(likelihoods)
@@ -128,10 +159,28 @@ class TrainableCodec(nn.Module):
             residual = y - means
             symbols = residual.detach().round()
             y_hat = torch.lerp(y_hat, y + (symbols - residual.detach()), rounded)
-            coded = _bits(self.gaussian(symbols, scales, training=False)[1])
-            bits_y = coded + (bits_y - bits_y.detach())
-        x_hat = self.g_s(y_hat * interpolate_levels(self.log_inverse_gain, quality_steps))
-        return TrainingOutput(x_hat=x_hat, bits_y=bits_y, bits_z=_bits(z_likelihoods), y=y)
+            bits = _bits(self.gaussian(symbols, scales, training=False)[1])
+            bits_y = bits + (bits_y - bits_y.detach())
+        return Coded(y_hat, bits_y, _bits(z_likelihoods))
+
+    def coding(self, y: Tensor, z_hat: Tensor, quality_steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log scales that code `y` [B, M, h, w], each [B, M, h, w]; `z_hat`: symbols of the hyper-latents.
+
+        The context model sees the first pass as it is really coded, rounded.
+        """
+        out = self.h_s(z_hat, quality_steps)[:, :, : y.shape[2], : y.shape[3]]
+        prior, hidden = out[:, : 2 * self.arch.m], out[:, 2 * self.arch.m :]
+        means, log_scales = prior.chunk(2, dim=1)
+        if self.context is None:
+            return means, log_scales
+        first = torch.from_numpy(first_pass(*y.shape[1:])).to(y.device)
+        means_then, log_scales_then = (prior + self.context(hidden, self.known(y, means))).chunk(2, dim=1)
+        return torch.where(first, means, means_then), torch.where(first, log_scales, log_scales_then)
+
+    def known(self, y: Tensor, means: Tensor) -> Tensor:
+        """The first pass's symbols, 0 elsewhere, without gradient; shapes [B, M, h, w]."""
+        first = torch.from_numpy(first_pass(*y.shape[1:])).to(y.device)
+        return torch.where(first, (y - means).detach().round(), 0.0).clamp(-KNOWN_TOP, KNOWN_TOP)
 
 
 def _bits(likelihoods: Tensor) -> Tensor:

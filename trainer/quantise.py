@@ -1,4 +1,4 @@
-"""From float h_s to the integers of `shared.codec.hyper`, calibrated on real hyper-latents.
+"""From the float h_s and context model to the integers of `shared.codec.hyper`, calibrated on real pictures, and back.
 
 Weights get 8 bits with a scale an output channel; activations 8 bits with a scale a layer, its top chosen so that
 `coverage` of the calibration activations stay below it. Eight bits are not only for speed: integers of 8 significant
@@ -8,6 +8,9 @@ weight equalization", ICCV 2019): relu(s a) = s relu(a), so a channel may be sca
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,92 +18,176 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.codec.hyper import MAX_MULTIPLIER, SCALE_COUNT
+from shared.codec.hyper import CONTEXT, MAX_MULTIPLIER, SCALE_COUNT
 from shared.codec.transforms import between_levels
 from shared.codec.types import MEAN_STEPS
-from trainer.model import SCALE_MAX, SCALE_MIN, HyperSynthesis
+from trainer.model import SCALE_MAX, SCALE_MIN, TrainableCodec
 
 ACT_MAX = 255
 SHIFT_LIMIT = 36
 LOG_STEP = (math.log(SCALE_MAX) - math.log(SCALE_MIN)) / (SCALE_COUNT - 1)
+ACT_UNIT = 1 / 32  # what an activation's step becomes when integers go back to floats; any would do the same
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the entropy model is given for some pictures: scaled latents `y` [B, M, h, w], hyper-latents' symbols
+    `z_hat` [B, Z, hz, wz], qualities in 1/256 steps [B]."""
+
+    y: Tensor
+    z_hat: Tensor
+    quality_steps: Tensor
 
 
 @torch.no_grad()
 def quantise_hyper_synthesis(
-    h_s: HyperSynthesis, z_symbols: list[Tensor], quality_steps: list[int], *, coverage: float = 0.99999
-) -> dict[str, NDArray[np.generic]]:
-    """Integer parameters of h_s as `IntegerHyperSynthesis.from_arrays` takes them.
-
-    `z_symbols`: calibration inputs, float [B, Z, hz, wz] holding integers, one tensor a quality in `quality_steps`.
-    """
-    w1, b1, w2, b2, w3, b3, level_bias = _equalised(h_s, z_symbols, quality_steps)
-    tops = _activation_tops((w1, b1, w2, b2, level_bias), z_symbols, quality_steps, coverage)
-    arrays: dict[str, NDArray[np.generic]] = {"h_s.act_max": np.array([ACT_MAX, ACT_MAX], np.int64)}
-    shifts = []
-    scale_in = 1.0
-    for i, (weight, bias, scale_out) in enumerate(
-        ((w1, b1, tops[0] / ACT_MAX), (w2, b2, tops[1] / ACT_MAX), (w3, b3, None)), start=1
-    ):
-        scale_w = weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-6) / 127
-        unit = scale_w * scale_in  # what one step of the sum is worth
-        arrays[f"h_s.weight{i}"] = (weight / scale_w[:, None, None, None]).round().to(torch.int8).numpy()
-        if i == 3:
-            half = len(bias) // 2
-            bias = bias.clone()
-            bias[half:] -= math.log(SCALE_MIN)
-            per_step = torch.cat([torch.full((half,), 1 / MEAN_STEPS), torch.full((half,), LOG_STEP)])
-        else:
-            per_step = torch.full_like(unit, float(scale_out))  # type: ignore[arg-type]
-        arrays[f"h_s.bias{i}"] = (bias / unit).round().to(torch.int64).numpy()
-        if i == 1:
-            arrays["h_s.level_bias"] = (level_bias / unit).round().to(torch.int64).numpy()
-        ratio = (unit / per_step).double().numpy()
-        shift = min(SHIFT_LIMIT, math.floor(math.log2((MAX_MULTIPLIER - 1) / ratio.max())))
-        arrays[f"h_s.multiplier{i}"] = np.rint(ratio * 2.0**shift).astype(np.int64)
-        shifts.append(shift)
-        scale_in = float(scale_out) if scale_out is not None else 0.0
-    arrays["h_s.shift"] = np.array(shifts, np.int64)
+    model: TrainableCodec, calibration: list[Calibration], *, coverage: float = 0.99999
+) -> Arrays:
+    """Integer parameters as `IntegerHyperSynthesis.from_arrays` takes them, of the context model too where there is
+    one."""
+    even = _equalised(model, calibration)
+    tops = _tops(even, calibration, coverage)
+    units = [top / ACT_MAX for top in tops]
+    h_s = even.h_s
+    bias3 = h_s.conv3.bias.clone()  # type: ignore[union-attr]
+    bias3[even.arch.m : 2 * even.arch.m] -= math.log(SCALE_MIN)
+    out_units = _output_units(even.arch.m)
+    last = torch.cat([out_units, torch.full((even.arch.context,), units[-1])])
+    arrays: Arrays = {"h_s.act_max": np.full(2, ACT_MAX, np.int64)}
+    arrays["h_s.level_bias"] = _integer_bias(h_s.level_bias, h_s.conv1.weight, 1.0)
+    arrays |= _integer_layers(
+        "h_s.",
+        [
+            (h_s.conv1.weight, h_s.conv1.bias, 1.0, torch.full((len(h_s.conv1.weight),), units[0])),
+            (h_s.conv2.weight, h_s.conv2.bias, units[0], torch.full((len(h_s.conv2.weight),), units[1])),
+            (h_s.conv3.weight, bias3, units[1], last),
+        ],
+    )
+    if even.context is not None:
+        one, two = even.context.conv1, even.context.conv2
+        arrays[CONTEXT + "act_max"] = np.full(1, ACT_MAX, np.int64)
+        hidden = even.arch.context
+        arrays |= _integer_layers(
+            CONTEXT,
+            [
+                (one.weight, torch.zeros(hidden), 1.0, torch.full((hidden,), units[2])),
+                (two.weight, two.bias, units[2], out_units),
+            ],
+        )
     return arrays
 
 
-def _equalised(h_s: HyperSynthesis, z_symbols: list[Tensor], quality_steps: list[int]) -> tuple[Tensor, ...]:
-    """Parameters of h_s with each hidden channel scaled so that its calibration maximum is the layer's mean one."""
-    w1, b1 = h_s.conv1.weight.clone(), h_s.conv1.bias.clone()  # type: ignore[union-attr]
-    w2, b2 = h_s.conv2.weight.clone(), h_s.conv2.bias.clone()  # type: ignore[union-attr]
-    w3, b3 = h_s.conv3.weight.clone(), h_s.conv3.bias.clone()  # type: ignore[union-attr]
-    level_bias = h_s.level_bias.clone()
-    for layer in (1, 2):
-        peaks = torch.zeros(w2.shape[1])
-        for z, steps in zip(z_symbols, quality_steps, strict=True):
-            a = _hidden((w1, b1, w2, b2, level_bias), z, steps)[layer - 1]
-            peaks = torch.maximum(peaks, a.amax(dim=(0, 2, 3)))
+def float_hyper_synthesis(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    """State of `TrainableCodec.h_s` and `.context` that does what the integers of a bundle do, to their rounding."""
+    m = len(arrays["gain.log"][0])
+    out_units = _output_units(m).numpy()
+    hidden = len(arrays["h_s.weight3"]) - 2 * m
+    last = np.concatenate([out_units, np.full(hidden, ACT_UNIT)])
+    state: Arrays = {}
+    for i, unit_in, unit_out in ((1, 1.0, ACT_UNIT), (2, ACT_UNIT, ACT_UNIT), (3, ACT_UNIT, last)):
+        weight, bias, worth = _float_layer(arrays, "h_s.", i, unit_in, unit_out)
+        state |= {f"h_s.conv{i}.weight": weight, f"h_s.conv{i}.bias": bias}
+        if i == 1:
+            state["h_s.level_bias"] = arrays["h_s.level_bias"] * worth
+    state["h_s.conv3.bias"][m : 2 * m] += math.log(SCALE_MIN)
+    if CONTEXT + "weight1" in arrays:
+        state["context.conv1.weight"], _, _ = _float_layer(arrays, CONTEXT, 1, 1.0, ACT_UNIT)
+        weight, bias, _ = _float_layer(arrays, CONTEXT, 2, ACT_UNIT, out_units)
+        state |= {"context.conv2.weight": weight, "context.conv2.bias": bias}
+    return state
+
+
+def _output_units(m: int) -> Tensor:
+    """What one step of a mean and of a scale index is worth, [2 M]."""
+    return torch.cat([torch.full((m,), 1 / MEAN_STEPS), torch.full((m,), LOG_STEP)])
+
+
+def _scales(weight: Tensor) -> Tensor:
+    """What one step of a weight is worth, by output channel."""
+    return weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-6) / 127
+
+
+def _integer_bias(bias: Tensor, weight: Tensor, unit_in: float) -> NDArray[np.int64]:
+    made: NDArray[np.int64] = (bias / (_scales(weight) * unit_in)).round().to(torch.int64).numpy()
+    return made
+
+
+def _integer_layers(prefix: str, layers: Iterable[tuple[Tensor, Tensor | None, float, Tensor]]) -> Arrays:
+    """`layers`: weight, bias, what one step of the input is worth, and of each output."""
+    arrays: Arrays = {}
+    shifts = []
+    for i, (weight, bias, unit_in, units_out) in enumerate(layers, start=1):
+        scales = _scales(weight)
+        arrays[f"{prefix}weight{i}"] = (weight / scales[:, None, None, None]).round().to(torch.int8).numpy()
+        arrays[f"{prefix}bias{i}"] = _integer_bias(bias if bias is not None else torch.zeros(1), weight, unit_in)
+        ratio = (scales * unit_in / units_out).double().numpy()
+        shift = min(SHIFT_LIMIT, math.floor(math.log2((MAX_MULTIPLIER - 1) / ratio.max())))
+        arrays[f"{prefix}multiplier{i}"] = np.rint(ratio * 2.0**shift).astype(np.int64)
+        shifts.append(shift)
+    arrays[f"{prefix}shift"] = np.array(shifts, np.int64)
+    return arrays
+
+
+def _float_layer(
+    arrays: Mapping[str, NDArray[Any]], prefix: str, i: int, unit_in: float, unit_out: float | NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Weight and bias of integer layer `i` in floats, and what one step of its sums is worth."""
+    worth = arrays[f"{prefix}multiplier{i}"] * 2.0 ** -int(arrays[f"{prefix}shift"][i - 1]) * unit_out
+    weight = arrays[f"{prefix}weight{i}"] * (worth / unit_in)[:, None, None, None]
+    return weight, arrays[f"{prefix}bias{i}"] * worth, worth
+
+
+def _equalised(model: TrainableCodec, calibration: list[Calibration]) -> TrainableCodec:
+    """The model with each hidden channel scaled so that its calibration maximum nears the layer's mean one."""
+    even = TrainableCodec(model.arch)
+    h_s, context = even.h_s, even.context
+    h_s.load_state_dict(model.h_s.state_dict())
+    if context is not None and model.context is not None:
+        context.load_state_dict(model.context.state_dict())
+    for layer in range(3 if context is not None else 2):
+        peaks = torch.zeros(())
+        for seen in calibration:
+            peaks = torch.maximum(peaks, _hidden(even, seen)[layer].amax(dim=(0, 2, 3)))
         # a square root of the full correction: what this layer's activations gain, the next one's weights lose
         factor = (peaks.clamp(min=1e-3) / peaks.mean().clamp(min=1e-3)).sqrt().clamp(0.1, 10)
         spread = factor.repeat_interleave(4)  # pixel shuffle: channel c comes from outputs 4c to 4c + 3
-        if layer == 1:
-            w1, b1, level_bias = w1 / spread[:, None, None, None], b1 / spread, level_bias / spread
-            w2 = w2 * factor[None, :, None, None]
+        if layer == 0:
+            made, after = [h_s.conv1.weight, h_s.conv1.bias, h_s.level_bias.T], h_s.conv2.weight
+        elif layer == 1:
+            made, after = [h_s.conv2.weight, h_s.conv2.bias], h_s.conv3.weight
         else:
-            w2, b2 = w2 / spread[:, None, None, None], b2 / spread
-            w3 = w3 * factor[None, :, None, None]
-    return w1, b1, w2, b2, w3, b3, level_bias
+            rows, spread = slice(2 * even.arch.m, None), factor
+            made = [h_s.conv3.weight[rows], h_s.conv3.bias[rows], context.conv1.weight]  # type: ignore[index,union-attr]
+            after = context.conv2.weight  # type: ignore[union-attr]
+        for part in made:
+            part.div_(spread.reshape(-1, *[1] * (part.ndim - 1)))  # type: ignore[union-attr]
+        after.mul_(factor[None, :, None, None])
+    return even
 
 
-def _hidden(parameters: tuple[Tensor, ...], z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    w1, b1, w2, b2, level_bias = parameters
-    bias = between_levels(level_bias, torch.tensor([steps]))
-    one = F.relu(F.pixel_shuffle(F.conv2d(z, w1, b1, padding=1) + bias, 2))
-    two = F.relu(F.pixel_shuffle(F.conv2d(one, w2, b2, padding=1), 2))
-    return one, two
+def _hidden(model: TrainableCodec, seen: Calibration) -> list[Tensor]:
+    """Activations after each hidden layer."""
+    h_s, m = model.h_s, model.arch.m
+    bias = between_levels(h_s.level_bias, seen.quality_steps)
+    one = F.relu(F.pixel_shuffle(h_s.conv1(seen.z_hat) + bias, 2))
+    two = F.relu(F.pixel_shuffle(h_s.conv2(one), 2))
+    if model.context is None:
+        return [one, two]
+    out = h_s.conv3(two)[:, :, : seen.y.shape[2], : seen.y.shape[3]]
+    known = model.known(seen.y, out[:, :m])
+    return [one, two, F.relu(out[:, 2 * m :] + model.context.conv1(known))]
 
 
-def _activation_tops(
-    parameters: tuple[Tensor, ...], z_symbols: list[Tensor], quality_steps: list[int], coverage: float
-) -> tuple[float, float]:
-    tops = [0.0, 0.0]
-    for z, steps in zip(z_symbols, quality_steps, strict=True):
-        for i, a in enumerate(_hidden(parameters, z, steps)):
+def _tops(model: TrainableCodec, calibration: list[Calibration], coverage: float) -> list[float]:
+    """The largest activation to keep, by hidden layer."""
+    tops: list[float] = []
+    for layers in zip(*(_hidden(model, seen) for seen in calibration), strict=True):
+        kept = []
+        for a in layers:
             values = a.flatten()
             rank = max(1, int((1 - coverage) * values.numel()))
-            tops[i] = max(tops[i], float(values.topk(rank).values[-1]))
-    return max(tops[0], 1e-3), max(tops[1], 1e-3)
+            kept.append(float(values.topk(rank).values[-1]))
+        tops.append(max(1e-3, *kept))
+    return tops

@@ -6,11 +6,12 @@ and what is only told (provenance, measured rates) are left out of it, so they c
 
     tensors     g_a.* h_a.* g_s.*   float16 [as in shared.codec.transforms]
                 gain.log, gain.log_inverse   float32 [8, M]
-                h_s.*               integers, see shared.codec.hyper
+                h_s.*               integers, see shared.codec.hyper. With a context model (h_s.context.*) a bundle is
+                                    of format 3.
                 tables.y.*, tables.z.*   entropy tables, see shared.codec.tables
                 level.scale   uint8 [8], sides of the coded picture in 1/16 of the frame's, quality 1 to 8. A bundle
                               without it codes at full size, and is of format 1, which older readers know.
-                training.*          float16: float h_s, entropy bottleneck
+                training.*          float16: entropy bottleneck
 """
 
 import hashlib
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from shared.codec.hyper import CONTEXT
 from shared.codec.transforms import Architecture
 from shared.errors import InvalidBundle, UnknownModel
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 SCALE_TENSOR = "level.scale"
 SCALE_STEPS = 16
 FULL_SIZE = [SCALE_STEPS] * 8
@@ -104,7 +106,7 @@ def load_bundle(reference: str | Path) -> Bundle:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidBundle(f"{folder}: expected a codec bundle, got {type(error).__name__}: {error}") from error
     if head["format"] not in FORMATS:
-        raise InvalidBundle(f"{folder}: expected bundle format 1 or 2, got {head['format']!r}")
+        raise InvalidBundle(f"{folder}: expected bundle format 1, 2 or 3, got {head['format']!r}")
     try:
         architecture = Architecture(**head["architecture"])
     except TypeError as error:
@@ -118,7 +120,7 @@ def load_bundle(reference: str | Path) -> Bundle:
 
 
 def _format(arrays: Arrays) -> int:
-    return 2 if SCALE_TENSOR in arrays else 1
+    return 3 if CONTEXT + "weight1" in arrays else 2 if SCALE_TENSOR in arrays else 1
 
 
 def _check_scales(scales: NDArray[Any], folder: Path) -> None:

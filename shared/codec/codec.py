@@ -3,13 +3,15 @@
     encode   rgb -> resize -> g_a -> y * gain -> h_a -> round -> z_hat -> h_s -> round(y - mean) -> rANS
     decode   rANS -> z_hat -> h_s -> rANS -> symbols + mean -> / gain -> g_s -> resize -> rgb
 
-Left of z_hat and right of y_hat floats rule; between them all is integer (see `shared.codec.hyper`). A bundle says for
+Left of z_hat and right of y_hat floats rule; between them all is integer (see `shared.codec.hyper`). A bundle with a
+context model codes latents in two passes, the second knowing the first. A bundle says for
 each quality at which size pictures are coded: a detector looks at a few hundred pixels, and what it never sees need
 not be sent. Size and quality of a frame give the coded size by integers alone, so it costs no byte. Frames larger
 than `BAND_PIXELS` pass g_a and g_s in overlapping bands of rows, so that memory stays bounded; the overlap exceeds
 the transforms' receptive field, so that a band's inside is what the whole frame would have given.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch.nn import functional
 from shared.codec import bitstream as bits
 from shared.codec import rans
 from shared.codec.bundle import FULL_SIZE, SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle
-from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis
+from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis, first_pass
 from shared.codec.tables import EntropyTables
 from shared.codec.transforms import (
     STRIDE_Y,
@@ -171,15 +173,18 @@ class Codec:
 
     def pack(self, symbols: Symbols) -> Bitstream:
         """Entropy-code both streams."""
+        indexes, coded = symbols.scale_indexes.ravel(), symbols.symbols.ravel()
+        latents = [
+            rans.encode(coded[part], indexes[part], self.tables_y, self.bundle.skip_below)
+            for part in self._passes(symbols.symbols.shape)
+        ]
         return Bitstream(
             model_id=self.model_id,
             quality=symbols.quality,
             height=symbols.height,
             width=symbols.width,
             hyper=rans.encode(symbols.z_hat.ravel(), _channel_indexes(symbols.z_hat.shape), self.tables_z),
-            latents=rans.encode(
-                symbols.symbols.ravel(), symbols.scale_indexes.ravel(), self.tables_y, self.bundle.skip_below
-            ),
+            latents=rans.join(latents),
             symbols_crc=bits.symbols_crc(
                 symbols.quality, symbols.height, symbols.width, symbols.z_hat, symbols.symbols
             ),
@@ -195,12 +200,7 @@ class Codec:
         shape = self.latent_shape(bitstream.height, bitstream.width, bitstream.quality)
         bits.check_streams(bitstream, self.tables_z, shape.z, shape.y)  # before anything of that size is made
         z_hat = rans.decode(bitstream.hyper, _channel_indexes(shape.z), self.tables_z).reshape(shape.z)
-        means, indexes = self.h_s(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape.y[1], shape.y[2]))
-        scale_indexes = indexes[0].cpu().numpy()
-        symbols = rans.decode(bitstream.latents, scale_indexes.ravel(), self.tables_y, self.bundle.skip_below)
-        if symbols.size and max(int(symbols.max()), -int(symbols.min())) >= SYMBOL_MAX:
-            raise InvalidBitstream(f"expected symbols below {SYMBOL_MAX} in size, the latent stream has larger ones")
-        symbols = symbols.reshape(shape.y)
+        symbols, means, scale_indexes = self._latents(z_hat, bitstream, shape.y)
         crc = bits.symbols_crc(bitstream.quality, bitstream.height, bitstream.width, z_hat, symbols)
         if check and crc != bitstream.symbols_crc:
             raise SymbolsMismatch(
@@ -210,7 +210,7 @@ class Codec:
         return Symbols(
             z_hat,
             symbols,
-            means[0].cpu().numpy(),
+            means,
             scale_indexes,
             bitstream.quality,
             bitstream.height,
@@ -249,6 +249,27 @@ class Codec:
         return LatentShape((arch.m, hy, wy), (arch.z, -(-hy // 4), -(-wy // 4)))
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _passes(self, shape: tuple[int, ...]) -> tuple[slice | NDArray[np.intp], ...]:
+        """Which of the latents [M, hy, wy], flat, the latent stream's parts hold, in the order of coding."""
+        return _two_passes(shape) if self.h_s.parameters.context else (slice(None),)
+
+    def _latents(
+        self, z_hat: NDArray[np.int32], bitstream: Bitstream, shape: tuple[int, int, int]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
+        """Symbols, means and scale indexes from the latent stream. Raises InvalidBitstream."""
+        prior = self.h_s.prior(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape[1], shape[2]))
+        means, indexes = prior.coding()
+        symbols = np.zeros(shape, np.int32)
+        passes = self._passes(shape)
+        for i, (part, data) in enumerate(zip(passes, rans.split(bitstream.latents, len(passes)), strict=True)):
+            if i:
+                means, indexes = self.h_s.given(prior, torch.from_numpy(symbols)[None])
+            coded_by = indexes[0].cpu().numpy().ravel()[part]
+            symbols.reshape(-1)[part] = rans.decode(data, coded_by, self.tables_y, self.bundle.skip_below)
+            if symbols.size and max(int(symbols.max()), -int(symbols.min())) >= SYMBOL_MAX:
+                raise InvalidBitstream(f"expected symbols below {SYMBOL_MAX}, the latent stream has larger ones")
+        return symbols, means[0].cpu().numpy(), indexes[0].cpu().numpy()
 
     def _transform(self, name: str, module: _Transform) -> _Transform:
         prefix = name + "."
@@ -302,17 +323,30 @@ class Codec:
         """Latents to symbols, each frame at its own quality in 1/256 steps. Raises NumericalError."""
         y = y * interpolate_levels(self._log_gain, torch.tensor(qualities, device=self.device))
         z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32, memory_format=torch.contiguous_format)
-        means, indexes = self.h_s(z_hat, qualities, (y.shape[2], y.shape[3]))
+        return self.quantise_given(z_hat, y, qualities, frames)
+
+    @torch.no_grad()
+    def quantise_given(self, z_hat: Tensor, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
+        """Scaled latents to symbols under these hyper-latents, int32 [B, Z, hz, wz]. Raises NumericalError."""
+        prior = self.h_s.prior(z_hat, qualities, (y.shape[2], y.shape[3]))
+        means, indexes = prior.coding()
+        symbols = self._symbols(y, means, indexes)
+        if self.h_s.parameters.context:
+            means, indexes = self.h_s.given(prior, symbols)
+            symbols = self._symbols(y, means, indexes)
+        each = zip(
+            *(column.cpu().numpy() for column in (z_hat, symbols, means, indexes)), qualities, frames, strict=True
+        )
+        return [Symbols(z, s, m, i, quality, frame.height, frame.width) for z, s, m, i, quality, frame in each]
+
+    def _symbols(self, y: Tensor, means: Tensor, indexes: Tensor) -> Tensor:
         residual = (y - means.to(torch.float32) * (1 / MEAN_STEPS)).round_()
         if float(residual.abs().max()) >= SYMBOL_MAX:
             raise NumericalError(f"a latent is {float(residual.abs().max())} steps from its mean; expected < 2^24")
         symbols = residual.to(torch.int32, memory_format=torch.contiguous_format)
         if self.bundle.skip_below:
             symbols.masked_fill_(indexes < self.bundle.skip_below, 0)
-        each = zip(
-            *(column.cpu().numpy() for column in (z_hat, symbols, means, indexes)), qualities, frames, strict=True
-        )
-        return [Symbols(z, s, m, i, quality, frame.height, frame.width) for z, s, m, i, quality, frame in each]
+        return symbols
 
     @torch.no_grad()
     def _synthesise_group(self, y: Tensor, size: tuple[int, int], coded: tuple[int, int]) -> list[Frame]:
@@ -374,6 +408,12 @@ def _groups(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     for i, size in enumerate(sizes):
         groups.setdefault(size, []).append(i)
     return list(groups.values())
+
+
+@functools.lru_cache(maxsize=64)
+def _two_passes(shape: tuple[int, int, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    first = first_pass(*shape).ravel()
+    return np.flatnonzero(first), np.flatnonzero(~first)
 
 
 def _channel_indexes(shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -1,28 +1,40 @@
-"""The integer hyper-decoder h_s: the one network whose every bit both sides must agree on.
+"""The integer entropy model: h_s and the context model, whose every bit both sides must agree on.
 
-It turns hyper-latents into the scale index and the mean that decide how each latent is coded. A float network would
-give other last bits on another thread count, instruction set, library version or GPU, and one differing table index
-garbles the rest of the stream (Balle et al., "Integer networks for data compression with latent-variable models",
-ICLR 2019). So weights and activations are integers, and the arithmetic below is exact on every machine:
+They turn hyper-latents, and latents that are already known, into the scale index and the mean that decide how each
+latent is coded. A float network would give other last bits on another thread count, instruction set, library version or
+GPU, and one differing table index garbles the rest of the stream (Balle et al., "Integer networks for data compression
+with latent-variable models", ICLR 2019). So weights and activations are integers, and the arithmetic below is exact on
+every machine:
 
     a0 = clamp(z_hat, -127, 127)                         [Z, hz, wz]
     a1 = requantise(conv1(a0) + bias1 + level_bias)      shuffle 2 -> [h, 2 hz, 2 wz]
     a2 = requantise(conv2(a1) + bias2)                   shuffle 2 -> [h, 4 hz, 4 wz], cropped to [h, hy, wy]
-    means         = round_half_up(multiplier * conv3) >> shift       int32 [M, hy, wy], in 1/16 quantisation steps
-    scale_indexes = the same, clamped to [0, 63]                      uint8 [M, hy, wy]
+    p1            = round_half_up(multiplier * conv3(a2)) >> shift
+    means         = p1[:M]                               int32 [M, hy, wy], in 1/16 quantisation steps
+    scale_indexes = clamp(p1[M:], 0, 63)                 uint8 [M, hy, wy]
 
     requantise(acc) = clamp((acc * multiplier + 2^(shift-1)) >> shift, 0, act_max)
 
+Without a context model that is all. With one, latents come in two passes (`first_pass`): channel c at row i and column
+j is of the first where c + i + j is even, so that each of the second has known ones beside it and in its own place
+(a checkerboard: He et al., CVPR 2021; alternating by channels: Li et al., DCVC-DC, CVPR 2023). The second pass has
+
+    s  = clamp(symbols of the first pass, -127, 127), 0 elsewhere                           [M, hy, wy]
+    a3 = clamp(p1[2 M:] + (round_half_up(multiplier * conv3x3(s)) >> shift), 0, act_max)    [c, hy, wy]
+    p2 = p1[:2 M] + (round_half_up(multiplier * conv1x1(a3)) >> shift)
+
+in place of p1[:2 M]; conv3 has c more outputs for it. He et al. mask a convolution over y_hat; symbols served as well.
+
 Exactness. A convolution is unfold + matmul with autocast off (floating-point convolutions may run as Winograd or FFT
-and are not exact). Its sums are integers below `bound = max over outputs of (sum |w| * act_max + |bias|)`; a matmul
-in any order is exact as long as the bound is below 2^53 in float64, or below 2^24 in float32. Float32
-is used only for layers that meet its bound and whose inputs and weights are integers of at most 8 significant bits,
-for those survive TF32 and bfloat16 unchanged: the process-wide precision switches (TF32, oneDNN's bf16 math mode)
-then cannot touch the result, and no other thread can flip them under us. All bounds are checked when the parameters
-are loaded. Requantising is multiplication by an integer below 2^20 and a power of two, in float64, below 2^53 again,
-then floor.
+and are not exact). Its sums are integers below `bound = max over outputs of (sum |w| * 128)`; a matmul in any order is
+exact as long as the bound is below 2^53 in float64, or below 2^24 in float32. Inputs and weights are integers of at
+most 8 significant bits, for those survive TF32 and bfloat16 unchanged: the process-wide precision switches (TF32,
+oneDNN's bf16 math mode) then cannot touch the result, and no other thread can flip them under us. Or they are
+multiplied as bytes into 32-bit sums, which hold any sum of up to 2^16 products. `shared.codec.integers` has the choice
+and the layout; all bounds are checked when the parameters are loaded.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,74 +43,117 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from shared.codec.integers import SHIFTED, IntegerMatmul, Requantiser, shuffled
 from shared.codec.types import at_quality
 from shared.errors import InvalidBundle
 
 SCALE_COUNT = 64
 Z_MAX = 127
+KNOWN_TOP = 127  # what the context model sees of a symbol
+ACT_TOP = 255
 MAX_MULTIPLIER = 2**20
-FLOAT32_EXACT = 2**24
-BFLOAT16_EXACT = 2**8
-FLOAT64_EXACT = 2**53
-BAND_BYTES = 64 * 2**20  # an unfolded band of rows stays below this, so that memory does not grow with the frame
+MAX_PRODUCTS = 2**16  # of two bytes, whose sum 32 bits hold
+MAX_BIAS = 2**40  # with the multipliers and sums of 32 bits, everything stays below 2^62
+CONTEXT = "h_s.context."
 
 
 @dataclass(frozen=True, slots=True)
 class IntegerLayer:
-    """One 3x3 integer convolution, stride 1, zero padding 1, and what turns its sums into the next integers.
+    """One integer convolution, stride 1, zero padding, and what turns its sums into the next integers.
 
-    `weight`: int8 [out, in, 3, 3]; `bias`: int64 [out]; `multiplier`: int64 [out], below 2^20; `shift`: bits.
-    `input_max`: largest absolute input. `bound`: largest absolute sum that inputs within it can give.
+    `weight`: int8 [out, in, k, k]; `bias`: int64 [out]; `multiplier`: int64 [out], below 2^20; `shift`: bits.
     """
 
     weight: NDArray[np.int8]
     bias: NDArray[np.int64]
     multiplier: NDArray[np.int64]
     shift: int
-    input_max: int
-    bound: int
+
+    @staticmethod
+    def checked(arrays: Mapping[str, NDArray[Any]], prefix: str, i: int, size: int) -> "IntegerLayer":
+        """Layer `i` (from 1) of the arrays under `prefix`. Raises InvalidBundle where a sum could not be exact."""
+        name = f"{prefix}weight{i}"
+        weight = np.asarray(arrays[name])
+        if weight.dtype != np.int8 or weight.ndim != 4 or weight.shape[2:] != (size, size):
+            raise InvalidBundle(f"{name} must be int8 [out, in, {size}, {size}], got {weight.dtype} {weight.shape}")
+        if int(weight[0].size) > MAX_PRODUCTS:
+            raise InvalidBundle(f"{name}: expected at most {MAX_PRODUCTS} products a sum, got {weight[0].size}")
+        bias = np.asarray(arrays[f"{prefix}bias{i}"], np.int64)
+        multiplier = np.asarray(arrays[f"{prefix}multiplier{i}"], np.int64)
+        shift = int(np.asarray(arrays[f"{prefix}shift"])[i - 1])
+        if bias.shape != weight.shape[:1] or multiplier.shape != weight.shape[:1]:
+            raise InvalidBundle(f"{prefix}* layer {i}: biases and multipliers must be as long as its outputs")
+        if not (int(multiplier.min()) >= 0 and int(multiplier.max()) < MAX_MULTIPLIER and 1 <= shift <= 40):
+            raise InvalidBundle(f"{prefix}* layer {i}: multipliers must be in [0, 2^20) and the shift in [1, 40]")
+        if int(np.abs(bias).max()) >= MAX_BIAS:
+            raise InvalidBundle(f"{prefix}* layer {i}: biases reach 2^40; times multipliers they would not be exact")
+        return IntegerLayer(weight, bias, multiplier, shift)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerContext:
+    """The context model: a 3x3 layer over known symbols and a 1x1 layer. `act_max`: largest activation between."""
+
+    layers: tuple[IntegerLayer, IntegerLayer]
+    act_max: int
 
 
 @dataclass(frozen=True, slots=True)
 class IntegerHyperSynthesis:
-    """The parameters of h_s. `level_bias`: int64 [8, out of layer 1], added per quality level, linear between levels.
+    """The parameters of h_s and, where there is one, of the context model.
 
-    `act_max`: largest activation after layers 1 and 2.
+    `level_bias`: int64 [8, out of layer 1], added per quality level, linear between levels. `act_max`: largest
+    activation after layers 1 and 2.
     """
 
     layers: tuple[IntegerLayer, IntegerLayer, IntegerLayer]
     level_bias: NDArray[np.int64]
     act_max: tuple[int, int]
+    context: IntegerContext | None = None
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> "IntegerHyperSynthesis":
         """Build from the bundle's `h_s.*` arrays and check every bound. Raises InvalidBundle."""
         level_bias = np.asarray(arrays["h_s.level_bias"], np.int64)
-        act_max = tuple(int(v) for v in np.asarray(arrays["h_s.act_max"]))
-        layers = []
-        for i, input_max in enumerate((Z_MAX, *act_max), start=1):
-            weight = np.asarray(arrays[f"h_s.weight{i}"])
-            if weight.dtype != np.int8 or weight.ndim != 4 or weight.shape[2:] != (3, 3):
-                raise InvalidBundle(f"h_s.weight{i} must be int8 [out, in, 3, 3], got {weight.dtype} {weight.shape}")
-            bias = np.asarray(arrays[f"h_s.bias{i}"], np.int64)
-            multiplier = np.asarray(arrays[f"h_s.multiplier{i}"], np.int64)
-            shift = int(np.asarray(arrays["h_s.shift"])[i - 1])
-            extra = np.abs(level_bias).max(axis=0) if i == 1 else 0
-            sums = np.abs(weight.astype(np.int64)).sum(axis=(1, 2, 3)) * input_max + np.abs(bias) + extra
-            bound = int(sums.max())
-            if not (int(multiplier.min()) >= 0 and int(multiplier.max()) < MAX_MULTIPLIER and 1 <= shift <= 40):
-                raise InvalidBundle(f"h_s layer {i}: multipliers must be in [0, 2^20) and the shift in [1, 40]")
-            if int((sums * multiplier).max()) + 2**shift >= FLOAT64_EXACT:
-                raise InvalidBundle(f"h_s layer {i}: sums times multipliers reach 2^53 and would not be exact")
-            layers.append(IntegerLayer(weight, bias, multiplier, shift, input_max, bound))
-        return IntegerHyperSynthesis((layers[0], layers[1], layers[2]), level_bias, (act_max[0], act_max[1]))
+        if int(np.abs(level_bias).max()) >= MAX_BIAS:
+            raise InvalidBundle("h_s.level_bias must be below 2^40, or it would not be exact times multipliers")
+        one, two, three = (IntegerLayer.checked(arrays, "h_s.", i, 3) for i in (1, 2, 3))
+        tops = _tops(arrays, "h_s.", 2)
+        context = None
+        if CONTEXT + "weight1" in arrays:
+            layers = (IntegerLayer.checked(arrays, CONTEXT, 1, 3), IntegerLayer.checked(arrays, CONTEXT, 2, 1))
+            _check_context(layers, three)
+            context = IntegerContext(layers, _tops(arrays, CONTEXT, 1)[0])
+        return IntegerHyperSynthesis((one, two, three), level_bias, (tops[0], tops[1]), context)
 
     def bias_at(self, quality: int) -> NDArray[np.int64]:
         """The first layer's bias at a quality in 1/256 steps, [out]."""
         bias: NDArray[np.int64] = self.layers[0].bias + at_quality(self.level_bias, quality)
         return bias
+
+
+def first_pass(channels: int, height: int, width: int) -> NDArray[np.bool_]:
+    """Which latents are of the first pass, where a context model codes them in two: [channels, height, width]."""
+    c, i, j = np.ogrid[:channels, :height, :width]
+    first: NDArray[np.bool_] = (c + i + j) % 2 == 0
+    return first
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """What h_s says before a latent is known. Integers, channels last.
+
+    `parameters`: int32 [B, hy, wy, 2 M], means and scale indexes, these not yet clamped. `context`: int32 [B, hy, wy,
+    c], what the context model adds to; no channels where there is none.
+    """
+
+    parameters: Tensor
+    context: Tensor
+
+    def coding(self) -> tuple[Tensor, Tensor]:
+        """Means int32 [B, M, hy, wy] in 1/16 steps, and scale indexes uint8 [B, M, hy, wy]."""
+        return _coding(self.parameters)
 
 
 class HyperSynthesis:
@@ -107,47 +162,88 @@ class HyperSynthesis:
     def __init__(self, parameters: IntegerHyperSynthesis, device: torch.device | str = "cpu") -> None:
         self.parameters = parameters
         self.device = torch.device(device)
-        self._layers = [_DeviceLayer(layer, self.device) for layer in parameters.layers]
+        pads = (0, -SHIFTED, -SHIFTED)
+        self._layers = [_Layer(layer, pad, self.device) for layer, pad in zip(parameters.layers, pads, strict=True)]
+        self._outputs = len(parameters.layers[2].weight)
+        if parameters.context:
+            over_known, after = parameters.context.layers
+            self._over_known, self._after = _Layer(over_known, 0, self.device), _Layer(after, -SHIFTED, self.device)
+            self._outputs -= len(over_known.weight)
+
+    def __call__(self, z_hat: Tensor, qualities: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """`prior(...).coding()`: all that is to be known without a context model."""
+        return self.prior(z_hat, qualities, size).coding()
 
     @torch.no_grad()
-    def __call__(self, z_hat: Tensor, qualities: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Hyper-latents to what codes the latents.
+    def prior(self, z_hat: Tensor, qualities: list[int], size: tuple[int, int]) -> Prior:
+        """Hyper-latents to what codes the latents, or the first pass of them.
 
         `z_hat`: int32 [B, Z, hz, wz]; `qualities`: B integers in 1/256 steps; `size`: (hy, wy), at most 4x z's.
-        Returns means int32 [B, M, hy, wy] in 1/16 steps, and scale indexes uint8 [B, M, hy, wy].
         """
+        level = np.stack([at_quality(self.parameters.level_bias, quality) for quality in qualities])
         one, two, three = self._layers
-        bias = torch.from_numpy(np.stack([self.parameters.bias_at(q) for q in qualities])).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            a = z_hat.to(self.device).clamp(-Z_MAX, Z_MAX)
-            a = F.pixel_shuffle(one(a, bias).clamp_(0, self.parameters.act_max[0]), 2)
-            a = F.pixel_shuffle(two(a).clamp_(0, self.parameters.act_max[1]), 2)
-            out = three(a[:, :, : size[0], : size[1]])
-        means, indexes = out.chunk(2, dim=1)
-        return means.to(torch.int32), indexes.clamp(0, SCALE_COUNT - 1).to(torch.uint8)
+            a = z_hat.to(self.device).clamp(-Z_MAX, Z_MAX).to(torch.int8).permute(0, 2, 3, 1)
+            a = shuffled(one(a, top=self.parameters.act_max[0], more=level))
+            a = shuffled(two(a, top=self.parameters.act_max[1]))
+            out = three(a[:, : size[0], : size[1]])
+        return Prior(out[..., : self._outputs], out[..., self._outputs :])
+
+    @torch.no_grad()
+    def given(self, prior: Prior, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """What codes the latents once the first pass is known.
+
+        `symbols`: int32 [B, M, hy, wy] on any device; those that are not of the first pass are not looked at. Returns
+        means and scale indexes of both passes, as `Prior.coding` does.
+        """
+        if self.parameters.context is None:
+            raise ValueError("expected a bundle with a context model, this one codes all latents in one pass")
+        first = _first_pass(tuple(symbols.shape[1:]), self.device)
+        known = symbols.to(self.device).clamp(-KNOWN_TOP, KNOWN_TOP).to(torch.int8).permute(0, 2, 3, 1) * first
+        with torch.autocast(self.device.type, enabled=False):
+            a = (prior.context + self._over_known(known)).clamp_(0, self.parameters.context.act_max)
+            more = self._after((a - SHIFTED).to(torch.int8))
+        more *= 1 - torch.cat([first, first], dim=2)
+        return _coding(more.add_(prior.parameters))
 
 
-class _DeviceLayer:
-    def __init__(self, layer: IntegerLayer, device: torch.device) -> None:
-        small = layer.bound < FLOAT32_EXACT and layer.input_max <= BFLOAT16_EXACT
-        self.dtype = torch.float32 if small else torch.float64
-        self.weight = torch.from_numpy(layer.weight.reshape(layer.weight.shape[0], -1)).to(device, self.dtype)
-        self.bias = torch.from_numpy(layer.bias).to(device, torch.float64)
-        self.multiplier = torch.from_numpy(layer.multiplier).to(device, torch.float64)[:, None]
-        self.half = float(2 ** (layer.shift - 1))
-        self.scale = 2.0**-layer.shift
+@functools.lru_cache(maxsize=64)
+def _first_pass(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """`first_pass` as 0 and 1, int8 [height, width, channels]."""
+    return torch.from_numpy(first_pass(*shape).astype(np.int8)).permute(1, 2, 0).contiguous().to(device)
 
-    def __call__(self, a: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Integers [B, in, H, W], any dtype -> requantised, not clamped, in a float dtype that holds them exactly."""
-        batch, channels, height, width = a.shape
-        bias = self.bias[None] if bias is None else bias.to(torch.float64)
-        padded = F.pad(a.to(self.dtype), (1, 1, 1, 1))
-        rows = max(1, BAND_BYTES // max(1, batch * channels * 9 * width * self.weight.element_size()))
-        bands = []
-        for top in range(0, height, rows):
-            band = min(rows, height - top)
-            columns = F.unfold(padded[:, :, top : top + band + 2], 3)
-            sums = torch.matmul(self.weight, columns).to(torch.float64).add_(bias[:, :, None])
-            bands.append(sums.mul_(self.multiplier).add_(self.half).mul_(self.scale).floor_())
-        out = bands[0] if len(bands) == 1 else torch.cat(bands, dim=2)
-        return out.reshape(batch, -1, height, width)
+
+class _Layer:
+    """An integer layer on a device. `pad`: what lies beyond the border, which also says how its input is kept."""
+
+    def __init__(self, layer: IntegerLayer, pad: int, device: torch.device) -> None:
+        self._multiply = IntegerMatmul(layer.weight, pad, device)
+        bias = layer.bias - pad * layer.weight.astype(np.int64).sum(axis=(1, 2, 3))
+        self._requantise = Requantiser(bias, layer.multiplier, layer.shift, device)
+
+    def __call__(self, a: Tensor, *, top: int | None = None, more: NDArray[np.int64] | None = None) -> Tensor:
+        return self._requantise(self._multiply(a), top=top, more=more)
+
+
+def _coding(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    means, indexes = parameters.permute(0, 3, 1, 2).chunk(2, dim=1)
+    return means.contiguous(), indexes.clamp(0, SCALE_COUNT - 1).to(torch.uint8).contiguous()
+
+
+def _tops(arrays: Mapping[str, NDArray[Any]], prefix: str, number: int) -> tuple[int, ...]:
+    tops = tuple(int(v) for v in np.asarray(arrays[prefix + "act_max"]))
+    if len(tops) != number or not all(0 <= top <= ACT_TOP for top in tops):
+        raise InvalidBundle(f"{prefix}act_max must be {number} integers in [0, {ACT_TOP}], got {list(tops)}")
+    return tops
+
+
+def _check_context(layers: tuple[IntegerLayer, IntegerLayer], last: IntegerLayer) -> None:
+    over_known, after = layers
+    context = len(over_known.weight)
+    outputs = len(last.weight) - context
+    expected = ((context, outputs // 2, 3, 3), (outputs, context, 1, 1))
+    if (over_known.weight.shape, after.weight.shape) != expected:
+        raise InvalidBundle(
+            f"{CONTEXT}weight1 and 2 must be {list(expected[0])} and {list(expected[1])} beside this h_s, "
+            f"got {list(over_known.weight.shape)} and {list(after.weight.shape)}"
+        )

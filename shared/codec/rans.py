@@ -31,6 +31,7 @@ A decoded chunk must end with state 0x5A17 and with every word used, or it is no
 symbols is no bytes.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from itertools import pairwise
 
@@ -70,7 +71,7 @@ def encode(
         symbols, indexes = coded_symbols[:n], coded_indexes[:n]
     spans = _chunks(len(symbols))
     chunks = list((pool.map if pool else map)(lambda span: _encode_chunk(symbols[span], indexes[span], tables), spans))
-    return b"".join([_length(chunk) for chunk in chunks[:-1]] + chunks)
+    return join(chunks)
 
 
 def decode(
@@ -92,7 +93,7 @@ def decode(
         coded = coded[: take_coded_indexes(indexes, skip_below, coded)]
     symbols = np.empty(len(coded) + WIDTH, np.int32)
     spans = _chunks(len(coded))
-    parts = _split(data, len(spans))
+    parts = split(data, len(spans))
     tasks = [(part, coded[span], symbols[span], tables) for part, span in zip(parts, spans, strict=True)]
     for _ in (pool.map if pool else map)(lambda task: _decode_chunk(*task), tasks):
         pass
@@ -101,6 +102,11 @@ def decode(
     out = np.empty(len(indexes), np.int32)
     put_coded(symbols, indexes, skip_below, out)
     return out
+
+
+def join(parts: Sequence[bytes]) -> bytes:
+    """The lengths of all parts but the last, then the parts: how chunks are put together, and streams."""
+    return b"".join([*map(_length, parts[:-1]), *parts])
 
 
 def warm_up() -> None:
@@ -167,7 +173,8 @@ def _length(chunk: bytes) -> bytes:
     return bytes([*out, value])
 
 
-def _split(data: bytes, number: int) -> list[bytes]:
+def split(data: bytes, number: int) -> list[bytes]:
+    """The `number` parts that `join` was given. Raises InvalidBitstream."""
     lengths, position = [], 0
     for _ in range(number - 1):
         value, shift = 0, 0

@@ -33,7 +33,7 @@ class Architecture:
     """Channel counts of the codec.
 
     `c4`, `c8`, `c16`: channels at 1/4, 1/8 and 1/16 resolution. `m`: latent channels. `z`: hyper-latent channels.
-    `h`: channels inside h_a and h_s.
+    `h`: channels inside h_a and h_s. `context`: channels inside the context model, 0 where there is none.
     """
 
     c4: int = 64
@@ -42,9 +42,11 @@ class Architecture:
     m: int = 128
     z: int = 64
     h: int = 64
+    context: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        """Without `context` where there is none, as bundles were written before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "context" or value}
 
 
 class ResidualBlock(nn.Module):

@@ -14,9 +14,12 @@ import torch
 
 from bench import corruption
 from shared.codec import bitstream as bits
+from shared.codec import rans
+from shared.codec.bundle import compute_model_id
 from shared.codec.codec import Codec
+from shared.codec.hyper import CONTEXT
 from shared.codec.types import Frame, Symbols
-from shared.errors import InvalidQuality, UnknownModel
+from shared.errors import InvalidBitstream, InvalidQuality, UnknownModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -89,6 +92,26 @@ def test_what_is_not_code_is_at_most_three_percent_at_quality_1(codec: Codec, as
     assert len(data) - ideal_bits / 8 <= 0.03 * len(data)
 
 
+def test_a_bundle_without_a_context_model_codes_all_latents_in_one_pass(codec: Codec, astronaut: Frame) -> None:
+    latents = codec.bundle.architecture.m
+    arrays = {name: array for name, array in codec.bundle.arrays.items() if not name.startswith(CONTEXT)}
+    for name in ("weight3", "bias3", "multiplier3"):
+        arrays[f"h_s.{name}"] = arrays[f"h_s.{name}"][: 2 * latents]
+    architecture = replace(codec.bundle.architecture, context=0)
+    model_id = compute_model_id(architecture, codec.bundle.skip_below, arrays)
+    plain = Codec(replace(codec.bundle, model_id=model_id, architecture=architecture, arrays=arrays))
+    symbols = plain.analyse([astronaut], 3)[0]
+    stream = plain.pack(symbols)
+    one_pass = rans.encode(symbols.symbols.ravel(), symbols.scale_indexes.ravel(), plain.tables_y, 3)
+    assert stream.latents == one_pass
+    assert digest(plain.unpack(stream)) == digest(symbols)
+    if codec.bundle.architecture.context:
+        with_context = codec.encode(astronaut, 3)
+        assert len(with_context.latents) < 0.97 * len(one_pass)
+        with pytest.raises(InvalidBitstream):
+            plain.unpack(replace(with_context, model_id=model_id))
+
+
 def test_target_bytes_is_kept_and_used(codec: Codec, astronaut: Frame) -> None:
     for target in (6_000, 12_000):
         found = codec.encode_to_size(astronaut, target)
@@ -123,7 +146,10 @@ def test_batched_and_single_give_the_same_symbols(codec: Codec, photographs: dic
 IN_ANOTHER_PROCESS = """
 import sys, hashlib, numpy as np, torch
 torch.set_num_threads(int(sys.argv[2]))
+from shared.codec import rans
+from shared.codec.bundle import compute_model_id
 from shared.codec.codec import Codec
+from shared.codec.hyper import CONTEXT
 from shared.codec import bitstream as bits
 codec = Codec.load("detection")
 if sys.argv[3] == "medium": torch.set_float32_matmul_precision("medium")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.codec.transforms import Architecture
+from trainer.entropy import with_context
 from trainer.latents import start_from_blocks, widened
 from trainer.model import TrainableCodec
 
@@ -48,11 +49,16 @@ def test_a_fresh_codec_leaves_out_just_what_as_many_principal_components_do(pict
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("context", [0, 8])
 def test_more_latents_leave_the_first_ones_alone_and_recover_what_was_left_out(
-    trained: TrainableCodec, pictures: list[Tensor]
+    trained: TrainableCodec, pictures: list[Tensor], context: int
 ) -> None:
+    trained = with_context(trained, context)
+    if trained.context is not None:
+        torch.nn.init.normal_(trained.context.conv2.weight, 0.0, 0.02)
+    trained.eval()
     wide = widened(trained, 40, pictures).eval()
-    assert wide.arch == replace(SMALL, m=40)
+    assert wide.arch == replace(SMALL, m=40, context=context)
     x = pictures[0][None]
     y, more = trained.g_a(x), wide.g_a(x)
     torch.testing.assert_close(more[:, :24], y, rtol=1e-4, atol=1e-4)
@@ -61,3 +67,7 @@ def test_more_latents_leave_the_first_ones_alone_and_recover_what_was_left_out(
     before, after = trained(x, LEVEL), wide(x, LEVEL)
     torch.testing.assert_close(after.bits_z, before.bits_z)
     assert float(after.bits_y) >= float(before.bits_y)
+    steps = torch.tensor([4 * 256])
+    zeros = torch.zeros(1, 8, 4, 6)
+    for first, second in zip(trained.coding(y, zeros, steps), wide.coding(more, zeros, steps), strict=True):
+        torch.testing.assert_close(second[:, :24], first, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from torchvision.models import mobilenet_v2
 
 from cloud.tasks.bundled import BundledRCNN
 from cloud.tasks.checkpoints import state_hash
@@ -31,37 +29,6 @@ from trainer.settings import TrainSettings, from_toml, to_toml
 from trainer.train import CodecTraining, train_codec
 
 TINY = Architecture(c4=16, c8=16, c16=16, m=16, z=8, h=8)
-PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
-BOXES = {"astronaut": [60.0, 0.0, 160.0, 256.0], "coffee": [60.0, 20.0, 150.0, 130.0]}
-
-
-@pytest.fixture(scope="session")
-def photograph_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs at half size in COCO's format: `images/` and `annotations.json`."""
-    folder = tmp_path_factory.mktemp("photographs")
-    (folder / "images").mkdir()
-    images, annotations = [], []
-    for number, name in enumerate(PHOTOGRAPHS, start=1):
-        picture = Image.fromarray(getattr(skimage.data, name)())
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS)
-        picture.save(folder / "images" / f"{name}.png")
-        images.append({"id": number, "file_name": f"{name}.png", "width": picture.width, "height": picture.height})
-        if name in BOXES:
-            x, y, w, h = BOXES[name]
-            annotation = {"id": number, "image_id": number, "category_id": 1, "bbox": BOXES[name], "iscrowd": 0}
-            annotations.append({**annotation, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
-    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
-    (folder / "annotations.json").write_text(json.dumps(document))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def imagenet_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MobileNetV2 with random weights: what matters here is that gradients pass."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.safetensors"
-    save_file({k: v.contiguous() for k, v in mobilenet_v2(weights=None).state_dict().items()}, path)
-    return path
 
 
 @pytest.fixture
@@ -107,7 +74,7 @@ def test_a_run_from_nothing_lowers_its_loss_and_ends_in_a_bundle_that_codes_pict
 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["provenance"]["steps"] == 100
-    assert manifest["provenance"]["data"]["count"] == len(PHOTOGRAPHS)
+    assert manifest["provenance"]["data"]["count"] == len(list((settings.images).iterdir()))
     assert manifest["tuning_curve"]["step"] in [c["step"] for c in state["curves"]]
     assert codec.model_id in (folder / "README.md").read_text()
     assert from_toml(settings.out / "settings.toml") == settings
