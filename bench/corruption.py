@@ -14,16 +14,18 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from shared.codec import bitstream as bits
 from shared.codec.codec import Codec
-from shared.codec.types import Bitstream, Frame
+from shared.codec.types import MEAN_STEPS, Bitstream, Frame
 from shared.errors import SightlineError
 
 LIMIT_S = 10
 SIDES = (1, 16, 48, 64, 80, 100)
+FORGED_MAX = 2**24 - 2**16  # a context model's means may differ by as much as this leaves to an encoder's limit
 
 
 def injure(data: bytes, rng: np.random.Generator) -> bytes:
@@ -51,11 +53,13 @@ def injure(data: bytes, rng: np.random.Generator) -> bytes:
 def forge(codec: Codec, stream: Bitstream, rng: np.random.Generator) -> Bitstream:
     """A well-formed stream that no encoder would make: some latents far outside anything a picture gives."""
     symbols = codec.unpack(stream)
-    forged = symbols.symbols.copy()
+    forged = symbols.symbols.astype(np.float32)
     hit = rng.random(forged.shape) < 0.01
     forged[hit] = rng.integers(-(2 ** int(rng.integers(1, 25))), 2**24, forged.shape)[hit]
-    forged[symbols.scale_indexes < codec.bundle.skip_below] = 0
-    return codec.pack(replace(symbols, symbols=forged.astype(np.int32)))
+    y = torch.from_numpy(np.clip(forged, -FORGED_MAX, FORGED_MAX) + symbols.means / np.float32(MEAN_STEPS))[None]
+    z_hat = torch.from_numpy(symbols.z_hat)[None]
+    frame = Frame(np.zeros((stream.height, stream.width, 3), np.uint8))
+    return codec.pack(codec.quantise_given(z_hat, y, [stream.quality], [frame])[0])
 
 
 def injure_streams(codec: Codec, stream: Bitstream, rng: np.random.Generator) -> Bitstream:

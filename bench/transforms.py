@@ -57,6 +57,10 @@ def _compare(report: Report, codec: Codec, peer: torch.nn.Module, height: int, w
     for name, work in ours.items():
         found = in_turns({"ours": work, PEER: theirs[name]}, rounds)
         report.add(f"{name} {size_name((height, width))}", found["ours"], "ms", peer=(PEER, found[PEER]))
+    if codec.h_s.parameters.context:
+        prior, symbols = codec.h_s.prior(z_hat, [4 * 256], (hy, wy)), y.round().to(torch.int32)
+        found = in_turns({"ours": lambda: codec.h_s.given(prior, symbols)}, rounds)
+        report.add(f"context model {size_name((height, width))}", found["ours"], "ms")
 
 
 def main() -> int:

@@ -3,18 +3,23 @@
 The latents' residuals from their means are moved so that rate and the frozen network's feature distance of the decode
 fall together; hyper-latents, and with them means and scales, stay. Each residual is drawn between its two neighbouring
 integers, ever more surely so, and gradients flow through the draw (stochastic Gumbel annealing: Yang, Bamler, Mandt,
-"Improving Inference for Neural Image Compression", NeurIPS 2020). What comes out is coded as any latents are, and the
-plain encoding is kept where it is better. (While they move, what a context model says of the second pass stays, too.)
+"Improving Inference for Neural Image Compression", NeurIPS 2020). What comes out is judged with hard rounding, and the
+plain encoding is kept where it is better.
+
+With a context model the second pass's means and scales follow from the first pass's symbols. So the first pass moves
+for half of the steps, beside the second as plainly coded; then it is settled, and the second moves under what follows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from shared.codec.codec import Codec
+from shared.codec.hyper import first_pass
 from shared.codec.transforms import interpolate_levels
 from shared.codec.types import MEAN_STEPS, Bitstream, Frame, Symbols
 from trainer.export import SCALES
@@ -50,18 +55,20 @@ def encode_with_effort(
     plain = _Coding(start, codec)
     with torch.no_grad():
         y = codec.latents([frame], start.quality) * interpolate_levels(problem.log_gain, problem.steps)
-    residual = (y - plain.means).requires_grad_()
-    optimiser = torch.optim.Adam([residual], lr=RATE)
-    for i in range(steps):
-        temperature = TEMPERATURE * float(np.exp(-COOLING * i / steps))
-        cost = problem.cost(plain.coded * _drawn(residual, temperature, generator), plain)
-        optimiser.zero_grad(set_to_none=True)
-        cost.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    with torch.no_grad():
-        target = plain.coded * residual.detach().round() + plain.means
+    if not codec.h_s.parameters.context:
+        residual = problem.moved(y - plain.means, plain, plain.coded, steps, generator)
+        moved = replace(start, symbols=_symbols(residual.round() * plain.coded))
+    else:
+        first = torch.from_numpy(first_pass(*y.shape[1:])).to(y)
+        residual = problem.moved(y - plain.means, plain, plain.coded * first, steps // 2, generator)
         z_hat = torch.from_numpy(start.z_hat)[None].to(codec.device)
-        moved = codec.quantise_given(z_hat, target, [start.quality], [frame])[0]
+        target = torch.where(first > 0, residual + plain.means, y)
+        settled = codec.quantise_given(z_hat, target, [start.quality], [frame])[0]
+        now = _Coding(settled, codec)
+        residual = torch.where(first > 0, now.symbols, y - now.means)
+        residual = problem.moved(residual, now, now.coded * (1 - first), steps - steps // 2, generator)
+        moved = replace(settled, symbols=_symbols(residual.round() * now.coded))
+    with torch.no_grad():
         plain_cost, cost_of_moved = (float(problem.cost(c.symbols, c)) for c in (plain, _Coding(moved, codec)))
     if cost_of_moved >= plain_cost:
         return Effort(codec.pack(start), plain_cost, plain_cost)
@@ -98,6 +105,22 @@ class _Problem:
             self.wanted = task.network.features(self.x, self.scale)
         self.weights = schedule.weights(1.0, (self.steps - 256).float() / 256)
 
+    def moved(
+        self, residual: Tensor, coding: _Coding, movable: Tensor, steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """`residual` after so many gradient steps; where `movable` is 0 it stays, and counts as rounded."""
+        start = residual.detach()
+        fixed = start.round() * coding.coded * (1 - movable)
+        residual = start.clone().requires_grad_()
+        optimiser = torch.optim.Adam([residual], lr=RATE)
+        for i in range(steps):
+            temperature = TEMPERATURE * float(np.exp(-COOLING * i / steps))
+            cost = self.cost(fixed + movable * _drawn(residual, temperature, generator), coding)
+            optimiser.zero_grad(set_to_none=True)
+            cost.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        return torch.where(movable > 0, residual.detach(), start)
+
     def cost(self, residual: Tensor, coding: _Coding) -> Tensor:
         """Weighted cost, a scalar, of residuals [1, M, hy, wy], whole or between integers, as `coding` codes them."""
         height, width = self.coded_size
@@ -113,6 +136,11 @@ class _Problem:
         distance = self.task.distances_to(self.wanted, x_hat, self.scale)
         weights = self.weights
         return (weights.rate * bits / (height * width) + weights.mse * mse + weights.task * distance).sum()
+
+
+def _symbols(values: Tensor) -> NDArray[np.int32]:
+    made: NDArray[np.int32] = values[0].to(torch.int32).cpu().numpy()
+    return made
 
 
 def _below(x: Tensor) -> Tensor:

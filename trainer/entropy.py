@@ -26,13 +26,13 @@ from shared.codec.codec import Codec
 from shared.codec.transforms import STRIDE_Y, interpolate_levels
 from shared.errors import InvalidBundle, InvalidInput, InvalidSettings, NumericalError
 from trainer.checkpoints import read_checkpoint, save_checkpoint
-from trainer.crops import Picture, list_pictures, tuning_pictures
+from trainer.crops import Picture, list_pictures, spread, tuning_pictures
 from trainer.export import export_bundle, trainable_from_bundle
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS, TrainableCodec
-from trainer.provenance import commit, hardware
+from trainer.provenance import commit, curve_table, hardware
 
 TUNING_PICTURES = 24
 TUNING_SIDE = 1024  # whole pictures, to a multiple of 64
@@ -51,7 +51,8 @@ class EntropySettings:
     out and measured on. `out`: folder of the run; the bundle comes to `out/bundle`. `name`: of the new bundle; None is
     the old one's. `context`: channels of the context model, 0 for none; a bundle that has one keeps it as it is.
     `frame_scale`: how much larger the frames that the codec is for are than these pictures, side by side; with it and
-    the bundle's sizes follows how large a picture is coded here at each quality. `network_weights`: of the frozen
+    the bundle's sizes follows how large a picture is coded here at each quality. `pictures`: most that are used, spread
+    over all; their latents stay in memory, 0.3 MB of 480x360 pixels at each size. `network_weights`: of the frozen
     network the bundle was trained through, as for `train codec`.
 
     `steps`: of `batch` pictures each. `rate`: Adam's at its highest, for h_a and h_s. `resume`: checkpoint of this run
@@ -64,6 +65,7 @@ class EntropySettings:
     name: str | None = None
     context: int = 96
     frame_scale: float = 1.0
+    pictures: int = 10_000
     network_weights: Path | None = None
     steps: int = 6000
     batch: int = 6
@@ -74,7 +76,7 @@ class EntropySettings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch", "rate", "frame_scale"):
+        for field in ("steps", "batch", "rate", "frame_scale", "pictures"):
             if getattr(self, field) <= 0:
                 raise InvalidSettings(f"train entropy: '{field}' must be positive, got {getattr(self, field)}")
         if self.context < 0:
@@ -97,7 +99,7 @@ def train_entropy(settings: EntropySettings) -> Path:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     bundle = load_bundle(settings.bundle)
-    pictures = list_pictures(settings.images, None)
+    pictures = spread(list_pictures(settings.images, None), settings.pictures)
     tuning = tuning_tensors(tuning_pictures(settings.images) or pictures, TUNING_PICTURES, side=TUNING_SIDE)
     if not tuning:
         raise InvalidInput(f"{settings.images}: no picture of 64x64 or more to measure on")
@@ -258,12 +260,23 @@ def _write(
     }
     kept = {key: value for key, value in bundle.info.items() if key not in ("sizes", "tuning_curve")}
     folder, scales = settings.out / "bundle", bundle.arrays.get(SCALE_TENSOR)
-    export_bundle(
+    name = settings.name or bundle.name
+    made = export_bundle(
         model,
         calibration,
         folder,
-        name=settings.name or bundle.name,
+        name=name,
         info={**kept, "entropy_model": about, "tuning_curve": curve.as_dict()},
         scales=None if scales is None else scales.tolist(),
     )
+    card = [
+        f"# {name}",
+        "",
+        f"A Sightline codec, model id `{made.model_id}`: the transforms and gains of model `{bundle.model_id}`, with "
+        f"an entropy model trained for {settings.steps} steps of {settings.batch} whole pictures, {about['hours']} "
+        f"hours on {about['hardware']}, on {pictures} pictures of `{settings.images.name}`. Commit "
+        f"{about['commit']}, seed {settings.seed}.",
+        *curve_table(curve),
+    ]
+    (folder / "README.md").write_text("\n".join(card) + "\n")
     return folder

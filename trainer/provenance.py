@@ -105,8 +105,16 @@ def _card(model_id: str, settings: TrainSettings, info: dict[str, Any], curve: C
         f"{made['seed']}, started from {made['started_from'] or 'nothing'}.",
     ]
     if curve is not None:
-        rows = zip(range(1, 9), curve.bpp, curve.mse, curve.distance, strict=True)
-        lines += ["", "On tuning pictures, by the model's own code lengths:", "",
-                  "| quality | bits per pixel | MSE | task distance |", "|---|---|---|---|"]  # fmt: skip
-        lines += [f"| {q} | {b:.4f} | {m:.6f} | {d:.4f} |" for q, b, m, d in rows]
+        lines += curve_table(curve)
     return "\n".join(lines) + "\n"
+
+
+def curve_table(curve: Curve) -> list[str]:
+    """Lines of a model card."""
+    rows = zip(range(1, 9), curve.bpp, curve.mse, curve.distance, strict=True)
+    return [
+        *("", "On tuning pictures, by the model's own code lengths:", ""),
+        "| quality | bits per pixel | MSE | task distance |",
+        "|---|---|---|---|",
+        *(f"| {q} | {b:.4f} | {m:.6f} | {d:.4f} |" for q, b, m, d in rows),
+    ]

@@ -34,7 +34,9 @@ class ScaleSettings:
     `bundle`: name or folder of the codec. `images`: folder of pictures; those of the committed tuning split are used,
     or all where there are none of it. `out`: folder of the new bundle. `network`, `network_weights`: the frozen
     network, as for `train codec`. `candidates`: sizes to choose from, sides in 1/16 of the frame's. `pictures`: how
-    many to measure on. `tolerance`: more bits than the best size needs that a smaller size may cost, as a share.
+    many to measure on. `frame_scale`: how much larger the frames that the codec is for are than these pictures, side by
+    side: the network sees so much less of them. `tolerance`: more bits than the best size needs that a smaller size may
+    cost, as a share.
     """
 
     bundle: str
@@ -44,13 +46,16 @@ class ScaleSettings:
     network_weights: Path | None = None
     candidates: tuple[int, ...] = (8, 10, 12, 14, 16)
     pictures: int = 24
+    frame_scale: float = 1.0
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
         if not self.candidates or not all(1 <= c <= SCALE_STEPS for c in self.candidates):
             raise InvalidSettings(f"train scales: 'candidates' must be in [1, {SCALE_STEPS}], got {self.candidates}")
-        if self.tolerance < 0 or self.pictures < 1:
-            raise InvalidSettings("train scales: 'tolerance' must not be negative and 'pictures' be at least 1")
+        if self.tolerance < 0 or self.pictures < 1 or self.frame_scale <= 0:
+            raise InvalidSettings(
+                "train scales: 'tolerance' must not be negative, 'pictures' at least 1 and 'frame_scale' positive"
+            )
 
 
 def train_scales(settings: ScaleSettings) -> Path:
@@ -59,7 +64,13 @@ def train_scales(settings: ScaleSettings) -> Path:
     task = TaskLoss(load_frozen(settings.network, settings.network_weights), "features")
     pictures = spread(tuning_pictures(settings.images) or list_pictures(settings.images, None), settings.pictures)
     curves = {
-        scale: measure(at_scales(bundle, [scale] * LEVELS), pictures, task, f"{scale}/{SCALE_STEPS} of the side")
+        scale: measure(
+            at_scales(bundle, [scale] * LEVELS),
+            pictures,
+            task,
+            f"{scale}/{SCALE_STEPS} of the side",
+            settings.frame_scale,
+        )
         for scale in sorted(set(settings.candidates))
     }
     scales = choose(curves, settings.tolerance)
@@ -84,14 +95,19 @@ def at_scales(bundle: Bundle, scales: Sequence[int]) -> Bundle:
 
 
 @torch.no_grad()
-def measure(bundle: Bundle, pictures: Sequence[Picture], task: TaskLoss, label: str) -> NDArray[np.float64]:
-    """Mean bits per pixel and feature distance at quality 1 to 8, [8, 2], of whole pictures at their own size."""
+def measure(
+    bundle: Bundle, pictures: Sequence[Picture], task: TaskLoss, label: str, frame_scale: float = 1.0
+) -> NDArray[np.float64]:
+    """Mean bits per pixel and feature distance at quality 1 to 8, [8, 2], of whole pictures at their own size.
+
+    `frame_scale`: how much larger the frames are that they stand for.
+    """
     codec = Codec(bundle)
     sums = np.zeros((LEVELS, 2))
     for picture in track(pictures, label, console=Console(stderr=True)):
         frame = Frame(picture.read())
         x = _tensor(frame)
-        scale = task.network.short_side / min(frame.height, frame.width)
+        scale = task.network.short_side / (min(frame.height, frame.width) * frame_scale)
         if not task.variances:
             task.calibrate(x, scale)
         wanted = task.network.features(x, scale)

@@ -1,12 +1,13 @@
 """Byte form of a coded frame: the `.slc` file, and the checks any carrier of the two streams makes before work.
 
-    magic "SLC"  version u8  model id, first 6 bytes  quality u16  width varint  height varint
+    magic "SLC"  version u8  model id, first 4 bytes  quality u16  width varint  height varint
     symbols_crc u32  length of hyper varint  length of latents varint  hyper  latents  crc u32
 
 Integers are little-endian, varints are LEB128 in their shortest form. `crc` is the CRC-32C (Castagnoli, RFC 3720) of
 every byte before it and is checked before any other work; `symbols_crc` goes over header fields and decoded symbols
 and is checked after, which catches what a sound payload hides: other tables, other arithmetic. What is not stream is
-27 to 31 bytes. 6 bytes of the model id tell apart whatever one process loads; should two begin alike, neither is taken.
+25 to 29 bytes. 4 bytes of the model id tell apart whatever one process loads; should two begin alike, neither is taken.
+Version 1, which is read as well, has 6.
 
 Inside an Upload stream the fields travel in protobuf; `payload_crc`, `check_frame` and `check_streams` are for both.
 """
@@ -25,19 +26,20 @@ from shared.codec.types import MAX_SIDE, QUALITY_MAX, QUALITY_MIN, Bitstream
 from shared.errors import InvalidBitstream, TooLarge, UnknownModel
 
 MAGIC = b"SLC"
-VERSION = 1
-MODEL_PREFIX_BYTES = 6
+VERSION = 2
+PREFIX_BYTES = {1: 6, 2: 4}  # of the model id, by version
+MODEL_PREFIX_BYTES = PREFIX_BYTES[VERSION]
 MAX_PIXELS = MAX_SIDE * MAX_SIDE
 
-_FIXED = struct.Struct(f"<3sB{MODEL_PREFIX_BYTES}sH")
-_SHORTEST = _FIXED.size + 1 + 1 + 4 + 1 + 1 + 4
+_FIXED = {version: struct.Struct(f"<3sB{prefix}sH") for version, prefix in PREFIX_BYTES.items()}
+_SHORTEST = _FIXED[VERSION].size + 1 + 1 + 4 + 1 + 1 + 4
 _VARINT_BYTES = 5  # enough for any length that a uint32 can hold
 _SYMBOL_BITS_MAX = 81  # an escape of 14 bits and 67 of Exp-Golomb
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself before its model is known. `model_prefix`: hex, the first 6 bytes of the model id."""
+    """What a file says of itself before its model is known. `model_prefix`: hex, the first bytes of the model id."""
 
     version: int
     model_prefix: str
@@ -53,7 +55,9 @@ def to_bytes(bitstream: Bitstream) -> bytes:
     """The `.slc` form."""
     body = b"".join(
         (
-            _FIXED.pack(MAGIC, VERSION, bytes.fromhex(bitstream.model_id)[:MODEL_PREFIX_BYTES], bitstream.quality),
+            _FIXED[VERSION].pack(
+                MAGIC, VERSION, bytes.fromhex(bitstream.model_id)[:MODEL_PREFIX_BYTES], bitstream.quality
+            ),
             _varint(bitstream.width),
             _varint(bitstream.height),
             struct.pack("<I", bitstream.symbols_crc),
@@ -145,12 +149,13 @@ def _read_header(data: bytes) -> tuple[Header, int]:
     """The header and where the streams begin."""
     if len(data) < _SHORTEST:
         raise InvalidBitstream(f"expected at least {_SHORTEST} bytes of a .slc file, got {len(data)}")
-    magic, version, prefix, quality = _FIXED.unpack_from(data)
+    magic, version = bytes(data[:3]), data[3]
     if magic != MAGIC:
         raise InvalidBitstream(f"expected a .slc file that begins with {MAGIC!r}, got {magic!r}")
-    if version != VERSION:
-        raise InvalidBitstream(f"expected .slc version {VERSION}, got {version}")
-    width, position = _read_varint(data, _FIXED.size)
+    if version not in _FIXED:
+        raise InvalidBitstream(f"expected .slc version 1 or {VERSION}, got {version}")
+    _, _, prefix, quality = _FIXED[version].unpack_from(data)
+    width, position = _read_varint(data, _FIXED[version].size)
     height, position = _read_varint(data, position)
     if len(data) < position + 4:
         raise InvalidBitstream(f"the .slc header breaks off after {len(data)} bytes")

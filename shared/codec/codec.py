@@ -173,18 +173,13 @@ class Codec:
 
     def pack(self, symbols: Symbols) -> Bitstream:
         """Entropy-code both streams."""
-        indexes, coded = symbols.scale_indexes.ravel(), symbols.symbols.ravel()
-        latents = [
-            rans.encode(coded[part], indexes[part], self.tables_y, self.bundle.skip_below)
-            for part in self._passes(symbols.symbols.shape)
-        ]
         return Bitstream(
             model_id=self.model_id,
             quality=symbols.quality,
             height=symbols.height,
             width=symbols.width,
             hyper=rans.encode(symbols.z_hat.ravel(), _channel_indexes(symbols.z_hat.shape), self.tables_z),
-            latents=rans.join(latents),
+            latents=self._pack_latents(symbols.symbols, symbols.scale_indexes),
             symbols_crc=bits.symbols_crc(
                 symbols.quality, symbols.height, symbols.width, symbols.z_hat, symbols.symbols
             ),
@@ -200,7 +195,7 @@ class Codec:
         shape = self.latent_shape(bitstream.height, bitstream.width, bitstream.quality)
         bits.check_streams(bitstream, self.tables_z, shape.z, shape.y)  # before anything of that size is made
         z_hat = rans.decode(bitstream.hyper, _channel_indexes(shape.z), self.tables_z).reshape(shape.z)
-        symbols, means, scale_indexes = self._latents(z_hat, bitstream, shape.y)
+        symbols, means, scale_indexes = self._unpack_latents(z_hat, bitstream, shape.y)
         crc = bits.symbols_crc(bitstream.quality, bitstream.height, bitstream.width, z_hat, symbols)
         if check and crc != bitstream.symbols_crc:
             raise SymbolsMismatch(
@@ -250,26 +245,31 @@ class Codec:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _passes(self, shape: tuple[int, ...]) -> tuple[slice | NDArray[np.intp], ...]:
-        """Which of the latents [M, hy, wy], flat, the latent stream's parts hold, in the order of coding."""
-        return _two_passes(shape) if self.h_s.parameters.context else (slice(None),)
+    def _pack_latents(self, symbols: NDArray[np.int32], indexes: NDArray[np.uint8]) -> bytes:
+        flat, flat_indexes, skip = symbols.ravel(), indexes.ravel(), self.bundle.skip_below
+        if not self.h_s.parameters.context:
+            return rans.encode(flat, flat_indexes, self.tables_y, skip)
+        first, second = ((flat[part], flat_indexes[part]) for part in _passes(symbols.shape))
+        return rans.encode_passes(first, second, self.tables_y, skip)
 
-    def _latents(
+    def _unpack_latents(
         self, z_hat: NDArray[np.int32], bitstream: Bitstream, shape: tuple[int, int, int]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]:
-        """Symbols, means and scale indexes from the latent stream. Raises InvalidBitstream."""
+        """Symbols, means and scale indexes [M, hy, wy] from the latent stream. Raises InvalidBitstream."""
         prior = self.h_s.prior(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape[1], shape[2]))
         means, indexes = prior.coding()
+        if not self.h_s.parameters.context:
+            coded_by = indexes[0].cpu().numpy()
+            flat = rans.decode(bitstream.latents, coded_by.ravel(), self.tables_y, self.bundle.skip_below)
+            return _checked(flat.reshape(shape)), means[0].cpu().numpy(), coded_by
         symbols = np.zeros(shape, np.int32)
-        passes = self._passes(shape)
-        for i, (part, data) in enumerate(zip(passes, rans.split(bitstream.latents, len(passes)), strict=True)):
-            if i:
-                means, indexes = self.h_s.given(prior, torch.from_numpy(symbols)[None])
-            coded_by = indexes[0].cpu().numpy().ravel()[part]
-            symbols.reshape(-1)[part] = rans.decode(data, coded_by, self.tables_y, self.bundle.skip_below)
-            if symbols.size and max(int(symbols.max()), -int(symbols.min())) >= SYMBOL_MAX:
-                raise InvalidBitstream(f"expected symbols below {SYMBOL_MAX}, the latent stream has larger ones")
-        return symbols, means[0].cpu().numpy(), indexes[0].cpu().numpy()
+        decoder = rans.PassDecoder(bitstream.latents, self.tables_y, self.bundle.skip_below)
+        first, second = _passes(shape)
+        symbols.reshape(-1)[first] = decoder.first(indexes[0].cpu().numpy().ravel()[first])
+        means, indexes = self.h_s.given(prior, torch.from_numpy(_checked(symbols))[None])
+        coded_by = indexes[0].cpu().numpy()
+        symbols.reshape(-1)[second] = decoder.second(coded_by.ravel()[second])
+        return _checked(symbols), means[0].cpu().numpy(), coded_by
 
     def _transform(self, name: str, module: _Transform) -> _Transform:
         prefix = name + "."
@@ -411,9 +411,16 @@ def _groups(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _two_passes(shape: tuple[int, int, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _passes(shape: tuple[int, int, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Which of the latents, flat, are of the first pass, and which of the second."""
     first = first_pass(*shape).ravel()
     return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+def _checked(symbols: NDArray[np.int32]) -> NDArray[np.int32]:
+    if symbols.size and max(int(symbols.max()), -int(symbols.min())) >= SYMBOL_MAX:
+        raise InvalidBitstream(f"expected symbols below {SYMBOL_MAX} in size, the latent stream has larger ones")
+    return symbols
 
 
 def _channel_indexes(shape: tuple[int, ...]) -> NDArray[np.uint8]:

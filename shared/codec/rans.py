@@ -27,6 +27,10 @@ That leaves 20 bytes instead of 124. Raw bits of escapes come after the sixteen 
 
 A chunk of 2^15 symbols or more has one more bit put last, whether it has 32 states.
 
+**Two passes**, of which the second's indexes follow from the first's symbols, share one state where the first has fewer
+than 2^15 symbols: all of the second are put first, then all of the first, and they end as one chunk of one state. Else
+they are two streams, before them the first's length as a varint.
+
 A decoded chunk must end with state 0x5A17 and with every word used, or it is not what an encoder made. A chunk of no
 symbols is no bytes.
 """
@@ -38,8 +42,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.codec.chunks import START, decode_chunk, encode_chunk
-from shared.codec.kernels import WORDS_PAD
+from shared.codec.chunks import MAY_HAVE_LANES, START, decode_chunk, encode_chunk
+from shared.codec.kernels import LOW, WORDS_PAD, decode_symbols, encode_symbols
 from shared.codec.lanes import WIDTH
 from shared.codec.skipping import put_coded, take_coded, take_coded_indexes
 from shared.codec.tables import EntropyTables, from_pmfs
@@ -59,16 +63,7 @@ def encode(
     Symbols with an index below `skip_below` are left out and must be 0. `pool` shares the chunks of a large frame out;
     it must not be one that the call itself runs in. Raises ValueError where the arguments do not fit each other.
     """
-    symbols, indexes = np.ascontiguousarray(symbols, np.int32), _checked(indexes, tables)
-    if symbols.shape != indexes.shape:
-        raise ValueError(f"expected as many symbols as indexes, got {symbols.shape} and {indexes.shape}")
-    if skip_below > 0:
-        coded_symbols = np.empty(len(symbols) + WIDTH, np.int32)
-        coded_indexes = np.empty(len(symbols) + WIDTH, np.uint8)
-        n = take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes)
-        if n < 0:
-            raise ValueError(f"symbols with an index below {skip_below} are not coded and must be 0")
-        symbols, indexes = coded_symbols[:n], coded_indexes[:n]
+    symbols, indexes = _coded(symbols, indexes, tables, skip_below)
     spans = _chunks(len(symbols))
     chunks = list((pool.map if pool else map)(lambda span: _encode_chunk(symbols[span], indexes[span], tables), spans))
     return join(chunks)
@@ -86,22 +81,89 @@ def decode(
 
     Raises InvalidBitstream for bytes that no encoder made; takes bounded time and memory for any bytes.
     """
-    indexes = _checked(indexes, tables)
-    coded = indexes
-    if skip_below > 0:
-        coded = np.empty(len(indexes) + WIDTH, np.uint8)
-        coded = coded[: take_coded_indexes(indexes, skip_below, coded)]
+    indexes, coded = _coded_indexes(indexes, tables, skip_below)
     symbols = np.empty(len(coded) + WIDTH, np.int32)
     spans = _chunks(len(coded))
     parts = split(data, len(spans))
     tasks = [(part, coded[span], symbols[span], tables) for part, span in zip(parts, spans, strict=True)]
     for _ in (pool.map if pool else map)(lambda task: _decode_chunk(*task), tasks):
         pass
-    if skip_below <= 0:
-        return symbols[: len(coded)]
-    out = np.empty(len(indexes), np.int32)
-    put_coded(symbols, indexes, skip_below, out)
-    return out
+    return _with_skipped(symbols, len(coded), indexes, skip_below)
+
+
+def encode_passes(
+    first: tuple[NDArray[np.int32], NDArray[np.uint8]],
+    second: tuple[NDArray[np.int32], NDArray[np.uint8]],
+    tables: EntropyTables,
+    skip_below: int = 0,
+) -> bytes:
+    """Code two passes, symbols [n] and indexes [n] each, so that the second's indexes may follow from the first's
+    symbols: `PassDecoder` reads them. Raises as `encode` does."""
+    passes = [_coded(*part, tables, skip_below) for part in (first, second)]
+    if len(passes[0][0]) >= MAY_HAVE_LANES:
+        return join([encode(*part, tables) for part in passes])
+    if not any(len(symbols) for symbols, _ in passes):
+        return b""
+    look = tables.lookup
+    room = sum(len(symbols) for symbols, _ in passes) + 4 * WORDS_PAD
+    while True:
+        words = np.empty(room, np.uint16)
+        x, p = START, room
+        for symbols, indexes in reversed(passes):
+            if p >= 0:
+                x, p = encode_symbols(
+                    symbols, indexes, 0, len(symbols), x, words, p, look.bounds, look.encode_rows
+                )  # fmt: skip
+        if p >= 0:
+            return _flushed(x, words, p)
+        room *= 6
+
+
+class PassDecoder:
+    """Reads what `encode_passes` wrote: `first`, then `second`. Raises InvalidBitstream for bytes it did not write."""
+
+    def __init__(self, data: bytes, tables: EntropyTables, skip_below: int = 0) -> None:
+        self._data, self._tables, self._skip_below = data, tables, skip_below
+        self._second: bytes | None = None
+        self._state, self._at = START, 0
+        self._words, self._count = np.zeros(WORDS_PAD, np.uint16), 0
+
+    def first(self, indexes: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The first pass's symbols [n]."""
+        _, coded = _coded_indexes(indexes, self._tables, self._skip_below)
+        if len(coded) >= MAY_HAVE_LANES:
+            one, self._second = split(self._data, 2)
+            return decode(one, indexes, self._tables, self._skip_below)
+        if self._data:
+            self._state, self._words, self._count = _opened(self._data)
+        if self._state < LOW and self._count:
+            self._state, self._at = self._state << 16 | int(self._words[0]), 1
+        return self._next(indexes)
+
+    def second(self, indexes: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The second pass's symbols [n], which must be all that is left."""
+        if self._second is not None:
+            return decode(self._second, indexes, self._tables, self._skip_below)
+        symbols = self._next(indexes)
+        if self._state != START or self._at != self._count:
+            raise InvalidBitstream(
+                f"expected two passes to use up {len(self._data)} bytes and leave state {START:#x}, got state "
+                f"{self._state:#x} and {self._count - self._at} words left"
+            )
+        return symbols
+
+    def _next(self, indexes: NDArray[np.uint8]) -> NDArray[np.int32]:
+        indexes, coded = _coded_indexes(indexes, self._tables, self._skip_below)
+        symbols = np.empty(len(coded) + WIDTH, np.int32)
+        look = self._tables.lookup
+        x, self._at = decode_symbols(
+            self._words, self._count, self._at, self._state, coded, symbols, 0, len(coded),
+            look.bounds, look.freqs, look.cumulative, look.first_wide, look.buckets,
+        )  # fmt: skip
+        self._state = int(x)
+        if self._at < 0:
+            raise InvalidBitstream("expected escapes that an encoder writes, got one beyond 32 bits")
+        return _with_skipped(symbols, len(coded), indexes, self._skip_below)
 
 
 def join(parts: Sequence[bytes]) -> bytes:
@@ -114,6 +176,45 @@ def warm_up() -> None:
     tables = from_pmfs([np.array([1.0])], [0])
     zero = np.zeros(1, np.uint8)
     decode(encode(zero.astype(np.int32), zero, tables, 1), zero, tables, 1)
+
+
+def _coded(
+    symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables: EntropyTables, skip_below: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """What is left when the skipped ones are taken out."""
+    symbols, indexes = np.ascontiguousarray(symbols, np.int32), _checked(indexes, tables)
+    if symbols.shape != indexes.shape:
+        raise ValueError(f"expected as many symbols as indexes, got {symbols.shape} and {indexes.shape}")
+    if skip_below <= 0:
+        return symbols, indexes
+    coded_symbols = np.empty(len(symbols) + WIDTH, np.int32)
+    coded_indexes = np.empty(len(symbols) + WIDTH, np.uint8)
+    n = take_coded(symbols, indexes, skip_below, coded_symbols, coded_indexes)
+    if n < 0:
+        raise ValueError(f"symbols with an index below {skip_below} are not coded and must be 0")
+    return coded_symbols[:n], coded_indexes[:n]
+
+
+def _coded_indexes(
+    indexes: NDArray[np.uint8], tables: EntropyTables, skip_below: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """All indexes, checked, and those of the symbols that are coded."""
+    indexes = _checked(indexes, tables)
+    if skip_below <= 0:
+        return indexes, indexes
+    coded = np.empty(len(indexes) + WIDTH, np.uint8)
+    return indexes, coded[: take_coded_indexes(indexes, skip_below, coded)]
+
+
+def _with_skipped(
+    symbols: NDArray[np.int32], coded: int, indexes: NDArray[np.uint8], skip_below: int
+) -> NDArray[np.int32]:
+    """The `coded` symbols, which WIDTH more elements follow, among the skipped ones."""
+    if skip_below <= 0:
+        return symbols[:coded]
+    out = np.empty(len(indexes), np.int32)
+    put_coded(symbols, indexes, skip_below, out)
+    return out
 
 
 def _checked(indexes: NDArray[np.uint8], tables: EntropyTables) -> NDArray[np.uint8]:
@@ -139,21 +240,38 @@ def _encode_chunk(symbols: NDArray[np.int32], indexes: NDArray[np.uint8], tables
         words = np.empty(room, np.uint16)
         x, p = encode_chunk(symbols, indexes, words, look.bounds, look.encode_tables, look.encode_rows)
         if p >= 0:
-            head = int(x).to_bytes((int(x).bit_length() + 7) // 8, "little")
-            return head + words[p:].astype("<u2", copy=False).tobytes()
+            return _chunk(int(x), words[p:])
         room += 6 * len(symbols)  # 81 bits each, if all are escapes
 
 
-def _decode_chunk(data: bytes, indexes: NDArray[np.uint8], symbols: NDArray[np.int32], tables: EntropyTables) -> None:
-    if not len(indexes) and not data:
-        return
-    look = tables.lookup
+def _flushed(x: int, words: NDArray[np.uint16], p: int) -> bytes:
+    """A chunk of one state that ends as `x`, with the words from `p` on."""
+    if x >= LOW:
+        p, x = p - 1, int(x)
+        words[p], x = x & 0xFFFF, x >> 16
+    return _chunk(int(x), words[p:])
+
+
+def _chunk(head: int, words: NDArray[np.uint16]) -> bytes:
+    return head.to_bytes((head.bit_length() + 7) // 8, "little") + words.astype("<u2", copy=False).tobytes()
+
+
+def _opened(data: bytes) -> tuple[int, NDArray[np.uint16], int]:
+    """Head, words and how many there are; `WORDS_PAD` more elements follow."""
     head = 2 - len(data) % 2 if data else 0
     x, count = int.from_bytes(data[:head], "little"), (len(data) - head) // 2
     if head and x >> (8 * head - 8) == 0:
         raise InvalidBitstream("expected a stream that begins with its state's first nonzero byte, got zero")
     words = np.zeros(count + WORDS_PAD, np.uint16)
     words[:count] = np.frombuffer(data, "<u2", offset=head)
+    return x, words, count
+
+
+def _decode_chunk(data: bytes, indexes: NDArray[np.uint8], symbols: NDArray[np.int32], tables: EntropyTables) -> None:
+    if not len(indexes) and not data:
+        return
+    look = tables.lookup
+    x, words, count = _opened(data)
     left, p = decode_chunk(
         words, count, x, indexes, symbols, look.bounds, look.freqs, look.cumulative,
         look.first_wide, look.buckets, look.decode_tables, look.decode_rows,

@@ -73,6 +73,7 @@ def test_the_same_latents_take_fewer_bits_and_come_back(
     assert about["entropy_model"]["started_from"] == before.model_id
     assert about["entropy_model"]["rate_at_equal_distance"] < -0.05
     assert about["tuning_curve"]["step"] == settings.steps
+    assert after.model_id in (made / "README.md").read_text()
 
 
 def test_a_resumed_run_is_one_that_was_never_stopped(

@@ -55,7 +55,9 @@ def test_the_bundle_that_comes_out_codes_at_the_sizes_that_it_reports(
     assert all(np.array_equal(made.arrays[name], given.arrays[name]) for name in given.arrays if name != SCALE_TENSOR)
 
 
-@pytest.mark.parametrize("change", [{"candidates": ()}, {"candidates": (17,)}, {"tolerance": -0.1}, {"pictures": 0}])
+@pytest.mark.parametrize(
+    "change", [{"candidates": ()}, {"candidates": (17,)}, {"tolerance": -0.1}, {"pictures": 0}, {"frame_scale": 0.0}]
+)
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(InvalidSettings):
         ScaleSettings("detection", tmp_path, tmp_path / "made", **change)  # type: ignore[arg-type]
