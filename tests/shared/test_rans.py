@@ -66,6 +66,46 @@ def test_any_int32_comes_back_and_the_bytes_are_the_reference_s(coded: Coded, sk
     assert decoded.tolist() == symbols.tolist()
 
 
+@settings(deadline=None, max_examples=200)
+@given(small_inputs(), small_inputs(), st.integers(0, 64))
+def test_two_passes_share_one_state_and_come_back_one_after_the_other(
+    first: Coded, second: Coded, skip_below: int
+) -> None:
+    passes = [(np.where(i < skip_below, 0, s).astype(np.int32), i) for s, i in (first, second)]
+    data = rans.encode_passes(passes[0], passes[1], TABLES, skip_below)
+    joined = [np.concatenate(both).tolist() for both in zip(*passes, strict=True)]
+    assert data == rans_reference.encode(joined[0], joined[1], TABLES, skip_below), "as one stream of both"
+    decoder = rans.PassDecoder(data, TABLES, skip_below)
+    assert decoder.first(passes[0][1]).tolist() == passes[0][0].tolist()
+    assert decoder.second(passes[1][1]).tolist() == passes[1][0].tolist()
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 9), (9, 0), (2**15 - 1, 2**16), (2**15, 9), (2**16, 2**16)])
+def test_passes_of_any_sizes_come_back(sizes: tuple[int, int]) -> None:
+    one, two = (draw(n, seed=n, outliers=3) for n in sizes)
+    data = rans.encode_passes(one, two, TABLES)
+    decoder = rans.PassDecoder(data, TABLES)
+    np.testing.assert_array_equal(decoder.first(one[1]), one[0])
+    np.testing.assert_array_equal(decoder.second(two[1]), two[0])
+
+
+@pytest.mark.parametrize("size", [50, 2**15])
+def test_damaged_passes_are_refused(size: int) -> None:
+    one, two = draw(size, seed=1), draw(size, seed=2)
+    data = rans.encode_passes(one, two, TABLES)
+    rng = np.random.default_rng(3)
+    flipped = [bytearray(data) for _ in range(50)]
+    for each in flipped:
+        each[int(rng.integers(len(each)))] ^= 1 << int(rng.integers(8))
+    for broken in (b"", data[:-1], data[:-2], data + b"\1", data + b"\0\0", *map(bytes, flipped)):
+        decoder = rans.PassDecoder(broken, TABLES)
+        with pytest.raises(InvalidBitstream):  # noqa: PT012 - whichever of the two sees it
+            first = decoder.first(one[1])
+            second = decoder.second(two[1])
+            if (first.tolist(), second.tolist()) != (one[0].tolist(), two[0].tolist()):
+                raise InvalidBitstream("other symbols: what the symbols' CRC is for")
+
+
 @settings(deadline=None, max_examples=100)
 @given(any_tables(), st.integers(0, 2**32 - 1), st.integers(0, 200))
 def test_any_tables_serve(tables: EntropyTables, seed: int, n: int) -> None:
