@@ -9,73 +9,28 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from cli.compress import labourer
-from shared.codec.bitstream import to_bytes
 from shared.codec.codec import Codec
-from shared.codec.types import Bitstream, Frame
-from trainer.crops import Picture, list_pictures, spread, tuning_pictures
+from trainer.crops import list_pictures, spread, tuning_pictures
 from trainer.frozen import load_frozen
 from trainer.losses import TaskLoss
-from trainer.model import LEVELS
-
-Encode = Callable[[Frame, float], Bitstream]
+from trainer.scales import measure
 
 
-class Measured:
-    """Sums over pictures of bits per pixel, feature distance and seconds, by quality."""
-
-    def __init__(self) -> None:
-        self.sums = np.zeros((LEVELS, 3))
-
-    def add(self, quality: int, values: tuple[float, float, float]) -> None:
-        self.sums[quality - 1] += values
-
-
-def measure(codec: Codec, pictures: list[Picture], qualities: list[int], steps: int) -> tuple[Measured, Measured]:
-    """The plain encoding at every quality, and with effort at `qualities`."""
-    task = TaskLoss(load_frozen(str(codec.bundle.info["task_network"]), None), "features")
-    with_effort = labourer(codec, steps)
-    plain, effort = Measured(), Measured()
-    for picture in track(pictures, "pictures", console=Console(stderr=True)):
-        frame = Frame(picture.read())
-        for quality in range(1, LEVELS + 1):
-            plain.add(quality, _point(codec, codec.encode, frame, quality, task))
-        for quality in qualities:
-            effort.add(quality, _point(codec, with_effort, frame, quality, task))
-    return plain, effort
-
-
-@torch.no_grad()
-def _distance(task: TaskLoss, frame: Frame, decoded: Frame) -> float:
-    x, x_hat = (torch.from_numpy(f.rgb.copy()).permute(2, 0, 1)[None].float() / 255 for f in (frame, decoded))
-    scale = task.network.short_side / min(frame.height, frame.width)
-    if not task.variances:
-        task.calibrate(x, scale)
-    return float(task.distances(x, x_hat, scale)[0])
-
-
-def _point(codec: Codec, encode: Encode, frame: Frame, quality: int, task: TaskLoss) -> tuple[float, float, float]:
-    started = time.perf_counter()
-    stream = encode(frame, quality)
-    seconds = time.perf_counter() - started
-    bpp = 8 * len(to_bytes(stream)) / (frame.height * frame.width)
-    return bpp, _distance(task, frame, codec.decode(stream)), seconds
-
-
-def gain(plain: Measured, effort: Measured, quality: int) -> float:
-    """Log of the rate with effort at a quality over the plain one at equal distance."""
-    rates, distances = np.log(plain.sums[::-1, 0]), np.log(plain.sums[::-1, 1])
-    rate, distance = np.log(effort.sums[quality - 1, :2])
-    return float(rate - np.interp(distance, distances, rates))
+def gain(plain: NDArray[np.float64], effort: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rate with effort against the plain one at equal distance, less 1. Rows of rate and distance, plain at all
+    qualities, ascending."""
+    rates, distances = np.log(plain[::-1]).T
+    rate, distance = np.log(effort).T
+    return np.exp(rate - np.interp(distance, distances, rates)) - 1
 
 
 def main() -> int:
@@ -89,32 +44,28 @@ def main() -> int:
     given = parser.parse_args()
     codec = Codec.load(given.model)
     found = spread(tuning_pictures(given.images) or list_pictures(given.images, None), given.pictures)
-    plain, effort = measure(codec, found, given.qualities, given.steps)
-    gains = {q: 100 * (np.exp(gain(plain, effort, q)) - 1) for q in given.qualities}
+    task = TaskLoss(load_frozen(str(codec.bundle.info["task_network"]), None), "features")
+    plain = measure(codec, found, task, "plain")
+    started = time.perf_counter()
+    work = torch.enable_grad()(labourer(codec, given.steps))
+    effort = measure(codec, found, task, "with effort", qualities=given.qualities, encode=work)
+    seconds = (time.perf_counter() - started) / len(found) / len(given.qualities)
+    gains = 100 * gain(plain, effort)
+    rows = [
+        {"quality": q, "plain": plain[q - 1].tolist(), "effort": effort[i].tolist(), "gain_percent": gains[i]}
+        for i, q in enumerate(given.qualities)
+    ]
     if given.json:
-        rows = [
-            {"quality": q, "plain": (plain.sums[q - 1] / len(found)).tolist(),
-             "effort": (effort.sums[q - 1] / len(found)).tolist(), "gain_percent": gains[q]}
-            for q in given.qualities
-        ]  # fmt: skip
-        json.dump({"pictures": len(found), "steps": given.steps, "rows": rows}, sys.stdout, indent=2)
+        result = {"pictures": len(found), "steps": given.steps, "seconds_a_picture": seconds, "rows": rows}
+        json.dump(result, sys.stdout, indent=2)
         return 0
-    table = Table(title=f"{given.steps} steps of effort, {len(found)} pictures, model {codec.model_id[:8]}")
-    for name in (
-        "quality",
-        "plain: bpp",
-        "distance",
-        "effort: bpp",
-        "distance",
-        "bits at equal distance",
-        "s a picture",
-    ):
+    about = f"{given.steps} steps of effort, {seconds:.1f} s a picture, {len(found)} pictures"
+    table = Table(title=f"{about}, model {codec.model_id[:8]}")
+    for name in ("quality", "plain: bpp", "distance", "effort: bpp", "distance", "bits at equal distance"):
         table.add_column(name, justify="right")
-    for q in given.qualities:
-        a, b = (measured.sums[q - 1] / len(found) for measured in (plain, effort))
-        table.add_row(
-            str(q), f"{a[0]:.4f}", f"{a[1]:.3f}", f"{b[0]:.4f}", f"{b[1]:.3f}", f"{gains[q]:+.1f} %", f"{b[2]:.1f}"
-        )
+    for row in rows:
+        points = (f"{v:.4f}" for v in (*row["plain"], *row["effort"]))
+        table.add_row(str(row["quality"]), *points, f"{row['gain_percent']:+.1f} %")
     Console().print(table)
     return 0
 

@@ -6,7 +6,7 @@ distance of the network's features are measured on whole pictures at each candid
 the smallest size is taken that needs hardly more bits than the best one at the distance it reaches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from rich.progress import track
 from shared.codec.bitstream import to_bytes
 from shared.codec.bundle import SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle, save_bundle
 from shared.codec.codec import Codec
-from shared.codec.types import Frame
+from shared.codec.types import Bitstream, Frame
 from shared.errors import InvalidSettings
 from trainer.crops import Picture, list_pictures, spread, tuning_pictures
 from trainer.frozen import load_frozen
@@ -65,7 +65,7 @@ def train_scales(settings: ScaleSettings) -> Path:
     pictures = spread(tuning_pictures(settings.images) or list_pictures(settings.images, None), settings.pictures)
     curves = {
         scale: measure(
-            at_scales(bundle, [scale] * LEVELS),
+            Codec(at_scales(bundle, [scale] * LEVELS)),
             pictures,
             task,
             f"{scale}/{SCALE_STEPS} of the side",
@@ -96,14 +96,20 @@ def at_scales(bundle: Bundle, scales: Sequence[int]) -> Bundle:
 
 @torch.no_grad()
 def measure(
-    bundle: Bundle, pictures: Sequence[Picture], task: TaskLoss, label: str, frame_scale: float = 1.0
+    codec: Codec,
+    pictures: Sequence[Picture],
+    task: TaskLoss,
+    label: str,
+    frame_scale: float = 1.0,
+    qualities: Sequence[int] = range(1, LEVELS + 1),
+    encode: Callable[[Frame, float], Bitstream] | None = None,
 ) -> NDArray[np.float64]:
-    """Mean bits per pixel and feature distance at quality 1 to 8, [8, 2], of whole pictures at their own size.
+    """Mean bits per pixel and feature distance at `qualities`, [Q, 2], of whole pictures at their own size.
 
-    `frame_scale`: how much larger the frames are that they stand for.
+    `frame_scale`: how much larger the frames are that they stand for. `encode`: the codec's own, or another for it.
     """
-    codec = Codec(bundle)
-    sums = np.zeros((LEVELS, 2))
+    encode = encode or codec.encode
+    sums = np.zeros((len(qualities), 2))
     for picture in track(pictures, label, console=Console(stderr=True)):
         frame = Frame(picture.read())
         x = _tensor(frame)
@@ -111,10 +117,10 @@ def measure(
         if not task.variances:
             task.calibrate(x, scale)
         wanted = task.network.features(x, scale)
-        for level in range(LEVELS):
-            coded = codec.encode(frame, level + 1)
+        for i, quality in enumerate(qualities):
+            coded = encode(frame, quality)
             distance = float(task.distances_to(wanted, _tensor(codec.decode(coded)), scale)[0])
-            sums[level] += 8 * len(to_bytes(coded)) / (frame.height * frame.width), distance
+            sums[i] += 8 * len(to_bytes(coded)) / (frame.height * frame.width), distance
     return sums / len(pictures)
 
 

@@ -146,10 +146,7 @@ def test_batched_and_single_give_the_same_symbols(codec: Codec, photographs: dic
 IN_ANOTHER_PROCESS = """
 import sys, hashlib, numpy as np, torch
 torch.set_num_threads(int(sys.argv[2]))
-from shared.codec import rans
-from shared.codec.bundle import compute_model_id
 from shared.codec.codec import Codec
-from shared.codec.hyper import CONTEXT
 from shared.codec import bitstream as bits
 codec = Codec.load("detection")
 if sys.argv[3] == "medium": torch.set_float32_matmul_precision("medium")

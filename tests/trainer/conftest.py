@@ -10,6 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import mobilenet_v2
 
+from shared.codec.transforms import Architecture
+
+TINY = Architecture(c4=16, c8=16, c16=16, m=16, z=8, h=8)
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 BOXES = {"astronaut": [60.0, 0.0, 160.0, 256.0], "coffee": [60.0, 20.0, 150.0, 130.0]}
 

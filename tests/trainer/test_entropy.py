@@ -10,16 +10,14 @@ import torch
 from shared.codec.bitstream import from_bytes, to_bytes
 from shared.codec.bundle import load_bundle
 from shared.codec.codec import Codec
-from shared.codec.transforms import Architecture
 from shared.codec.types import Frame
 from shared.errors import InvalidBundle, InvalidSettings
+from tests.trainer.conftest import TINY
 from trainer.crops import list_pictures
 from trainer.entropy import EntropySettings, train_entropy, with_context
 from trainer.export import export_bundle, trainable_from_bundle
 from trainer.latents import start_from_blocks
 from trainer.model import TrainableCodec
-
-TINY = Architecture(c4=16, c8=16, c16=16, m=16, z=8, h=8)
 
 
 @pytest.fixture(scope="module")

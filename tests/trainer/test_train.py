@@ -20,6 +20,7 @@ from shared.codec.codec import Codec
 from shared.codec.transforms import Architecture
 from shared.codec.types import Frame
 from shared.errors import InvalidBundle, InvalidImage, InvalidInput, InvalidSettings, NumericalError, Unavailable
+from tests.trainer.conftest import PHOTOGRAPHS, TINY
 from trainer.checkpoints import read_checkpoint, require_room
 from trainer.crops import CropNumbers, Crops, collate, crop_targets, list_pictures
 from trainer.data import load_coco
@@ -28,8 +29,6 @@ from trainer.quantise import LOG_STEP
 from trainer.schedule import Schedule
 from trainer.settings import TrainSettings, from_toml, to_toml
 from trainer.train import CodecTraining, train_codec
-
-TINY = Architecture(c4=16, c8=16, c16=16, m=16, z=8, h=8)
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_a_run_from_nothing_lowers_its_loss_and_ends_in_a_bundle_that_codes_pict
 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["provenance"]["steps"] == 100
-    assert manifest["provenance"]["data"]["count"] == len(list((settings.images).iterdir()))
+    assert manifest["provenance"]["data"]["count"] == len(PHOTOGRAPHS)
     assert manifest["tuning_curve"]["step"] in [c["step"] for c in state["curves"]]
     assert codec.model_id in (folder / "README.md").read_text()
     assert from_toml(settings.out / "settings.toml") == settings
