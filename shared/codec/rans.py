@@ -111,9 +111,7 @@ def encode_passes(
         x, p = START, room
         for symbols, indexes in reversed(passes):
             if p >= 0:
-                x, p = encode_symbols(
-                    symbols, indexes, 0, len(symbols), x, words, p, look.bounds, look.encode_rows
-                )  # fmt: skip
+                x, p = encode_symbols(symbols, indexes, 0, len(symbols), x, words, p, look.bounds, look.encode_rows)
         if p >= 0:
             return _flushed(x, words, p)
         room *= 6
@@ -130,7 +128,7 @@ class PassDecoder:
 
     def first(self, indexes: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The first pass's symbols [n]."""
-        _, coded = _coded_indexes(indexes, self._tables, self._skip_below)
+        indexes, coded = _coded_indexes(indexes, self._tables, self._skip_below)
         if len(coded) >= MAY_HAVE_LANES:
             one, self._second = split(self._data, 2)
             return decode(one, indexes, self._tables, self._skip_below)
@@ -138,13 +136,13 @@ class PassDecoder:
             self._state, self._words, self._count = _opened(self._data)
         if self._state < LOW and self._count:
             self._state, self._at = self._state << 16 | int(self._words[0]), 1
-        return self._next(indexes)
+        return self._next(indexes, coded)
 
     def second(self, indexes: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The second pass's symbols [n], which must be all that is left."""
         if self._second is not None:
             return decode(self._second, indexes, self._tables, self._skip_below)
-        symbols = self._next(indexes)
+        symbols = self._next(*_coded_indexes(indexes, self._tables, self._skip_below))
         if self._state != START or self._at != self._count:
             raise InvalidBitstream(
                 f"expected two passes to use up {len(self._data)} bytes and leave state {START:#x}, got state "
@@ -152,8 +150,7 @@ class PassDecoder:
             )
         return symbols
 
-    def _next(self, indexes: NDArray[np.uint8]) -> NDArray[np.int32]:
-        indexes, coded = _coded_indexes(indexes, self._tables, self._skip_below)
+    def _next(self, indexes: NDArray[np.uint8], coded: NDArray[np.uint8]) -> NDArray[np.int32]:
         symbols = np.empty(len(coded) + WIDTH, np.int32)
         look = self._tables.lookup
         x, self._at = decode_symbols(
