@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cli.compress import labourer
 from shared.codec.codec import Codec
 from trainer.crops import list_pictures, spread, tuning_pictures
+from trainer.effort import labourer
 from trainer.frozen import load_frozen
 from trainer.losses import TaskLoss
 from trainer.scales import measure
@@ -47,7 +46,7 @@ def main() -> int:
     task = TaskLoss(load_frozen(str(codec.bundle.info["task_network"]), None), "features")
     plain = measure(codec, found, task, "plain")
     started = time.perf_counter()
-    work = torch.enable_grad()(labourer(codec, given.steps))
+    work = labourer(codec, given.steps)
     effort = measure(codec, found, task, "with effort", qualities=given.qualities, encode=work)
     seconds = (time.perf_counter() - started) / len(found) / len(given.qualities)
     gains = 100 * gain(plain, effort)

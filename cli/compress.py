@@ -13,10 +13,7 @@ from cli.pictures import MADE_BY, encode_png, read_frame
 from cli.progress import for_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shared.codec.codec import Codec
-    from shared.codec.types import Bitstream, Frame
+    from shared.codec.types import Bitstream
 
 DEFAULT_QUALITY = 4.0
 
@@ -46,8 +43,8 @@ def compress(
             "--effort",
             min=0,
             metavar="N",
-            help="Gradient steps that better each picture's latents for the codec's task network: slow, about a second "
-            "a step. Any decoder reads the result.",
+            help="Gradient steps that better each picture's latents for the codec's task network: slow, a tenth of "
+            "a second a step and more. Any decoder reads the result.",
         ),
     ] = 0,
     as_json: AsJson = False,
@@ -68,7 +65,11 @@ def compress(
 
     codec = Codec.load(find_named(model))
     codec.encode(Frame(np.zeros((64, 64, 3), np.uint8)))  # starts the kernels: that is no file's encode_ms
-    labour = labourer(codec, effort) if effort else None
+    labour = None
+    if effort:
+        from trainer.effort import labourer
+
+        labour = labourer(codec, effort)
     make_folder(output)
     read_bytes = written_bytes = 0
 
@@ -96,31 +97,6 @@ def compress(
     finally:
         if not as_json and len(jobs) > 1 and written_bytes:
             print(f"{read_bytes:,} bytes became {written_bytes:,}: {read_bytes / written_bytes:.1f} times fewer")
-
-
-def labourer(codec: "Codec", steps: int) -> "Callable[[Frame, float], Bitstream]":
-    """Encodes a frame at a quality with `steps` steps of effort, as its bundle was trained. Raises InvalidBundle."""
-    from shared.errors import InvalidBundle
-    from trainer.effort import encode_with_effort
-    from trainer.frozen import load_frozen
-    from trainer.losses import TaskLoss
-    from trainer.schedule import Schedule
-
-    info = codec.bundle.info
-    network = info.get("task_network")
-    if not isinstance(network, str) or network == "imagenet":
-        raise InvalidBundle(
-            f"{codec.bundle.name}: --effort needs a bundle trained through a task network, got {network!r}"
-        )
-    frozen = load_frozen(network, None)
-    schedule = Schedule(**info["provenance"]["schedule"])
-
-    def encode(frame: "Frame", quality: float) -> "Bitstream":
-        # a task loss of its own for each picture: it is calibrated on that picture, whichever came before
-        task = TaskLoss(frozen, "features")
-        return encode_with_effort(codec, frame, quality, task, steps=steps, schedule=schedule).bitstream
-
-    return encode
 
 
 COMPRESSED = (

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import skimage.data
 from PIL import Image
 
 from cloud.tasks.loading import load_task
+from shared.codec.codec import Codec
+from shared.codec.types import Bitstream, Frame
 from shared.errors import InvalidInput, InvalidSettings, Unavailable
 from trainer.evaluation import anchors, report
 from trainer.evaluation import evaluate as evaluate_module
@@ -220,11 +222,38 @@ def test_examples_cost_no_more_than_sightlines(evaluation: Evaluation, codec) ->
     assert all(0.5 * row[-1].bits < e.bits <= row[-1].bits for e in row[1:3])
 
 
+def test_effort_is_one_more_series_whose_pictures_are_coded_once(
+    settings: EvaluateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_steps = replace(settings, effort=(2,), anchors=("jpeg",), qualities=(6.0,), examples=())
+    found = evaluate(two_steps)
+    assert found.series == ("sightline-detection", "sightline-detection-effort2")
+    plain, effort = (next(p for p in found.results[0].points if p.series == name) for name in found.series)
+    assert plain.setting == effort.setting == "q6"
+    assert effort.measured[Metric("box")].bpp != plain.measured[Metric("box")].bpp
+    assert effort.encode_s > plain.encode_s
+    assert {c.series for c in found.results[0].comparisons} == set(found.series)
+
+    def never(codec: Codec, steps: int) -> Callable[[Frame, float], Bitstream]:
+        def encode(frame: Frame, quality: float) -> Bitstream:
+            raise AssertionError("coded again")
+
+        return encode
+
+    monkeypatch.setattr(evaluate_module, "labourer", never)
+    again = next(p for p in evaluate(two_steps).results[0].points if p.series == effort.series)
+    assert again.measured[Metric("box")].bpp == effort.measured[Metric("box")].bpp
+    with pytest.raises(AssertionError, match="coded again"):
+        evaluate(replace(two_steps, effort=(3,)))
+
+
 def test_settings_that_cannot_work_are_refused(settings: EvaluateSettings) -> None:
     with pytest.raises(InvalidSettings, match="either images_dir and annotations, or cityscapes"):
         replace(settings, annotations=None)
     with pytest.raises(InvalidSettings, match="at least one network"):
         replace(settings, tasks=())
+    with pytest.raises(InvalidSettings, match="effort: at least 1 step"):
+        replace(settings, effort=(0,))
     with pytest.raises(InvalidSettings, match="workers"):
         replace(settings, workers=0)
     with pytest.raises(InvalidSettings, match="not both"):

@@ -15,9 +15,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb
 from trainer.evaluation.pictures import read_rgb
+
+P = TypeVar("P", contravariant=True)  # of points, whose str() names a file
 
 
 def pixels_sha256(rgb: Rgb) -> str:
@@ -40,15 +43,27 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+class Coder(Protocol[P]):
+    """What codes pictures to be stored: an anchor, or Sightline with effort. `identity`: whatever decides its bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def encode(self, rgb: Rgb, point: P) -> CodedPicture: ...
+
+
 @dataclass(frozen=True, slots=True)
 class CodedStore:
     root: Path
 
-    def path(self, anchor: Anchor, sha256: str, point: Point) -> Path:
+    def path(self, anchor: Coder[P], sha256: str, point: P) -> Path:
         tag = hashlib.sha256(anchor.identity.encode()).hexdigest()[:12]
         return self.root / f"{anchor.name}-{tag}" / sha256[:32] / f"{point}.bin"
 
-    def get(self, anchor: Anchor, sha256: str, point: Point) -> CodedPicture | None:
+    def get(self, anchor: Coder[P], sha256: str, point: P) -> CodedPicture | None:
         """The stored coding of the picture named `sha256`, or None if there is none that is whole."""
         try:
             header, _, data = self.path(anchor, sha256, point).read_bytes().partition(b"\n")
@@ -59,7 +74,7 @@ class CodedStore:
             pass
         return None
 
-    def encode(self, anchor: Anchor, rgb: Rgb, sha256: str, point: Point) -> CodedPicture:
+    def encode(self, anchor: Coder[P], rgb: Rgb, sha256: str, point: P) -> CodedPicture:
         """The stored coding, made and stored first if need be."""
         coded = self.get(anchor, sha256, point)
         if coded is None:

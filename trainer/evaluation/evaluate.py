@@ -21,6 +21,7 @@ from cloud.tasks.loading import load_task
 from cloud.tasks.types import TaskKind, TaskModel
 from shared.codec.codec import Codec
 from shared.errors import InvalidSettings
+from trainer.effort import labourer
 from trainer.evaluation.accuracy import Judge, Measurement, Metric
 from trainer.evaluation.anchors import anchor_by_name
 from trainer.evaluation.cityscapes import LabelSpace, load_cityscapes
@@ -32,6 +33,8 @@ from trainer.evaluation.examples import JPEG_QUALITIES, VVC_QPS, examples_of, sa
 from trainer.evaluation.series import (
     AnchorSeries,
     Cost,
+    EffortCoder,
+    EffortSeries,
     OriginalSeries,
     Series,
     SightlineSeries,
@@ -52,13 +55,14 @@ class EvaluateSettings:
     training or choice, likewise. `images_dir`: the folder of a COCO-format set's pictures. `annotations`: its
     annotations. `cityscapes`: the root of Cityscapes instead, in its own layout. `cityscapes_split`: train, val or
     test. `cityscapes_labels`: coco for networks with COCO's label space, cityscapes for the eight thing classes
-    numbered from 1. `image_ids`: only these pictures of a COCO-format set. `image_list`: only the pictures in this
-    JSON file, a list of ids or an object with "image_ids". `anchors`: jpeg, hevc[:PRESET], av1[:CPU_USED],
-    vvc[:PRESET]. `qualities`: the codecs' points, 1 to 8. `workers`: encoders and decoders at a time. `draws`:
-    resampled sets of pictures for the intervals. `encode_missing`: whether anchors' points that the cache lacks are
-    encoded; otherwise only points that it has for every picture are used. `device`: where networks and codecs run,
-    cpu or cuda. `examples`: photographs that may be passed on, to be shown as each codec leaves them at equal bits.
-    `example_quality`: of the codec in them.
+    numbered from 1. `image_ids`: only these pictures of a COCO-format set. `image_list`: only the pictures in this JSON
+    file, a list of ids or an object with "image_ids". `anchors`: jpeg, hevc[:PRESET], av1[:CPU_USED], vvc[:PRESET].
+    `qualities`: the codecs' points, 1 to 8. `effort`: of these numbers of gradient steps a picture, each codec once
+    more, its files kept in the cache. `workers`: encoders and decoders at a time. `draws`: resampled sets of pictures
+    for the intervals. `encode_missing`: whether anchors' points that the cache lacks are encoded; otherwise only points
+    that it has for every picture are used. `device`: where networks and codecs run, cpu or cuda. `examples`:
+    photographs that may be passed on, to be shown as each codec leaves them at equal bits. `example_quality`: of the
+    codec in them.
     """
 
     out_dir: Path
@@ -75,6 +79,7 @@ class EvaluateSettings:
     image_list: Path | None = None
     anchors: tuple[str, ...] = ANCHORS
     qualities: tuple[float, ...] = QUALITIES
+    effort: tuple[int, ...] = ()
     workers: int = 2
     draws: int = 500
     encode_missing: bool = True
@@ -89,6 +94,8 @@ class EvaluateSettings:
             raise InvalidSettings("evaluate: tasks: at least one network is needed")
         if self.image_ids is not None and self.image_list is not None:
             raise InvalidSettings("evaluate: give image_ids or image_list, not both")
+        if any(steps < 1 for steps in self.effort):
+            raise InvalidSettings(f"evaluate: effort: at least 1 step, got {self.effort}")
         if self.workers < 1 or self.draws < 1:
             raise InvalidSettings(f"evaluate: workers and draws must be positive, got {self.workers}, {self.draws}")
 
@@ -134,18 +141,25 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     codecs = {short_name(name): _load_codec(name, settings.device) for name in settings.codecs}
     store = CodedStore(settings.cache_dir / "anchors")
     anchors = [AnchorSeries(a, store, tuple(a.points)) for a in map(anchor_by_name, settings.anchors)]
+    laboured = [
+        EffortSeries(EffortCoder(f"sightline-{n}-effort{k}", codec, k, labourer(codec, k)), store, settings.qualities)
+        for n, codec in codecs.items()
+        for k in settings.effort
+    ]
     with _progress() as progress:
         if settings.encode_missing:
             _encode(anchors, pictures, settings.workers, progress)
         else:
             anchors = [series.stored(pictures.pictures) for series in anchors]
         sightline = [SightlineSeries(f"sightline-{n}", codec, settings.qualities) for n, codec in codecs.items()]
+        for series in laboured:
+            _work(series, pictures, progress)
         controls = [UnquantisedSeries(f"sightline-{n}-unquantised", codec) for n, codec in codecs.items()]
-        every: list[Series] = [OriginalSeries(), *sightline, *controls, *anchors]
+        every: list[Series] = [OriginalSeries(), *sightline, *laboured, *controls, *anchors]
         points = _measure(every, tasks, pictures, settings, progress)
     if settings.examples:
         _show_examples(settings, codecs, tasks[0])
-    series, rivals = tuple(s.name for s in sightline), tuple(a.name for a in anchors)
+    series, rivals = tuple(s.name for s in (*sightline, *laboured)), tuple(a.name for a in anchors)
     results = []
     for index, (name, task_points) in enumerate(zip(names, points, strict=True)):
         task, original = short_name(name), next(p for p in task_points if p.series == "original")
@@ -212,6 +226,15 @@ def _encode(anchors: Sequence[AnchorSeries], pictures: EvaluationSet, workers: i
         jobs = [Job(series.anchor, p.path, point) for point in series.points for p in pictures.pictures]
         bar = progress.add_task(f"encode {series.name}", total=len(jobs))
         for _ in encode_jobs(series.store, jobs, workers=workers):
+            progress.advance(bar)
+
+
+def _work(series: EffortSeries, pictures: EvaluationSet, progress: Progress) -> None:
+    """Make the codings that the store lacks."""
+    bar = progress.add_task(f"encode {series.name}", total=len(series.settings) * len(pictures.pictures))
+    for index in range(len(series.settings)):
+        for picture in pictures.pictures:
+            series.code(picture, index)
             progress.advance(bar)
 
 

@@ -6,6 +6,7 @@ Each is a series of settings; a setting codes a picture at a cost in bits and ca
 * an anchor: its grid; bits are the picture's (see `bits`); known by the coded bytes and how they are decoded.
 * Sightline: qualities; bits are the whole .slc, header and all; known by its decoded pixels, because the transforms may
   change while the weights do not.
+* Sightline with effort: the same, its codings stored.
 * unquantised: one setting, no bits: g_s(g_a(x)), a control; known by its decoded pixels.
 """
 
@@ -17,10 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from shared.codec.bitstream import to_bytes
+from shared.codec.bitstream import from_bytes, to_bytes
 from shared.codec.codec import Codec
-from shared.codec.types import Frame
-from trainer.evaluation.anchors import Anchor, Point, Rgb
+from shared.codec.types import Bitstream, Frame
+from trainer.effort import recipe
+from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb
 from trainer.evaluation.coded_store import CodedStore, pixels_sha256
 from trainer.evaluation.evaluation_set import Picture
 from trainer.evaluation.pictures import read_rgb
@@ -135,6 +137,53 @@ class SightlineSeries:
         bits = 8 * len(to_bytes(bitstream))
         cost = Cost(bits, bits, encoded - start, decoded - encoded)
         return Coding(cost, f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
+
+
+@dataclass(frozen=True, slots=True)
+class EffortCoder:
+    """Sightline with `steps` of effort for each picture; its points are qualities.
+
+    Deterministic on one device with one set of libraries alone; its codings are stored under codec and recipe.
+    """
+
+    name: str
+    codec: Codec
+    steps: int
+    labour: Callable[[Frame, float], Bitstream]
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name}|{self.codec.model_id}|{recipe(self.steps)}"
+
+    def encode(self, rgb: Rgb, point: float) -> CodedPicture:
+        start = time.perf_counter()
+        data = to_bytes(self.labour(Frame(rgb), point))
+        return CodedPicture(data, 8 * len(data), time.perf_counter() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class EffortSeries:
+    """Sightline with effort: slow as it is, every picture is coded once, like an anchor's."""
+
+    coder: EffortCoder
+    store: CodedStore
+    qualities: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.coder.name
+
+    @property
+    def settings(self) -> Sequence[str]:
+        return [f"q{quality:g}" for quality in self.qualities]
+
+    def code(self, picture: Picture, setting: int) -> Coding:
+        rgb = read_rgb(picture.path)
+        coded = self.store.encode(self.coder, rgb, pixels_sha256(rgb), self.qualities[setting])
+        start = time.perf_counter()
+        decoded = self.coder.codec.decode(from_bytes(coded.data, [self.coder.codec.model_id])).rgb
+        cost = Cost(coded.picture_bits, 8 * len(coded.data), coded.encode_s, time.perf_counter() - start)
+        return Coding(cost, f"pixels:{pixels_sha256(decoded)}", lambda: decoded)
 
 
 @dataclass(frozen=True, slots=True)
