@@ -3,7 +3,8 @@
     sightline bench transforms [--short] [--json]
 
 On a picture of the size named, as one batch of one. The peer has random weights and float32; ours the number type that
-a service would take. mbt2018-mean at quality 4 (128 and 192 channels) is the smaller of its two shapes.
+a service would take, and g_a in bytes, where a service would take that, once more beside it. mbt2018-mean at quality 4
+(128 and 192 channels) is the smaller of its two shapes.
 """
 
 import torch
@@ -57,6 +58,11 @@ def _compare(report: Report, codec: Codec, peer: torch.nn.Module, height: int, w
     for name, work in ours.items():
         found = in_turns({"ours": work, PEER: theirs[name]}, rounds)
         report.add(f"{name} {size_name((height, width))}", found["ours"], "ms", peer=(PEER, found[PEER]))
+    if codec.g_a_in_bytes is not None:
+        rgb = (x * 255).to(torch.uint8)
+        found = in_turns({"bytes": lambda: codec.g_a_in_bytes(rgb), "floats": ours["g_a"]}, rounds)
+        in_floats = (str(codec.dtype).removeprefix("torch."), found["floats"])
+        report.add(f"g_a in bytes {size_name((height, width))}", found["bytes"], "ms", peer=in_floats)
     if codec.h_s.parameters.context:
         prior, symbols = codec.h_s.prior(z_hat, [4 * 256], (hy, wy)), y.round().to(torch.int32)
         found = in_turns({"ours": lambda: codec.h_s.given(prior, symbols)}, rounds)

@@ -1,8 +1,9 @@
 """From a trained codec to a weights bundle, and back to a trainable one.
 
 Export folds the factorised prior's medians into h_a (so that z_hat is plain rounding), turns the float h_s into
-integers, freezes the probability models as integer tables, and writes fp16 weights. What training needs to go on is in
-a bundle too: the entropy bottleneck in fp16 as `training.*`, and the float h_s and context model as their integers say.
+integers, freezes the probability models as integer tables, measures the ranges of g_a's activations, and writes fp16
+weights. What training needs to go on is in a bundle too: the entropy bottleneck in fp16 as `training.*`, and the float
+h_s and context model as their integers say.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.codec.bundle import SCALE_TENSOR, Bundle, load_bundle, save_bundle
+from shared.codec.eight_bit import ranges
 from shared.codec.hyper import SCALE_COUNT
 from shared.codec.tables import from_pmfs, gaussian_tables
 from shared.codec.transforms import interpolate_levels
@@ -44,6 +46,7 @@ def export_bundle(
     """
     model = model.eval().float()
     medians = model.medians()
+    info = {**info, "ranges": {"g_a": rounded(ranges(model.g_a, (picture[None] for picture in calibration)))}}
     arrays: dict[str, NDArray[Any]] = {}
     for prefix in ("g_a", "h_a", "g_s"):
         for key, value in getattr(model, prefix).state_dict().items():
@@ -61,6 +64,11 @@ def export_bundle(
         if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":
             arrays[_PRIOR + key] = value.to(torch.float16).numpy()
     return save_bundle(folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays, info=info)
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """To four significant digits, for a manifest."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 The model id is the SHA-256 over everything that decides a bit of the bitstream or a pixel: format, architecture,
 skip threshold and every tensor's name, type, shape and bytes. What training needs to go on (`training.*` tensors)
-and what is only told (provenance, measured rates) are left out of it, so they can be mended without a new id.
+and what no decoder reads (provenance, measured rates, `ranges`: the largest activations in g_a, for
+`shared.codec.eight_bit`) are left out of it, so they can be mended without a new id.
 
     tensors     g_a.* h_a.* g_s.*   float16 [as in shared.codec.transforms]
                 gain.log, gain.log_inverse   float32 [8, M]

@@ -26,6 +26,7 @@ from torch.nn import functional
 from shared.codec import bitstream as bits
 from shared.codec import rans
 from shared.codec.bundle import FULL_SIZE, SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle
+from shared.codec.eight_bit import EightBitAnalysis, has_byte_convolution
 from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis, first_pass
 from shared.codec.tables import EntropyTables
 from shared.codec.transforms import (
@@ -66,7 +67,8 @@ class Codec:
     """One weights bundle, ready to encode and decode. Safe to call from several threads.
 
     `device`: "cpu" or "cuda[:n]". `dtype`: of the transforms' bodies, float32, bfloat16 or float16; by default
-    bfloat16 where the processor computes in it, else float32. `threads`: sets torch's process-wide thread count.
+    bfloat16 where the processor computes in it, else float32, and g_a in bytes where the processor and the bundle are
+    for it (`shared.codec.eight_bit`). `threads`: sets torch's process-wide thread count.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Codec:
         self.dtype = dtype or fast_dtype(self.device)
         arch = bundle.architecture
         self.g_a = self._transform("g_a", AnalysisTransform(arch))
+        self.g_a_in_bytes = self._in_bytes() if dtype is None else None
         self.h_a = self._transform("h_a", HyperAnalysisTransform(arch))
         self.g_s = self._transform("g_s", SynthesisTransform(arch))
         self.h_s = HyperSynthesis(IntegerHyperSynthesis.from_arrays(bundle.arrays), self.device)
@@ -287,6 +290,12 @@ class Codec:
         module.body.to(self.dtype)
         return module
 
+    def _in_bytes(self) -> EightBitAnalysis | None:
+        largest = self.bundle.info.get("ranges", {}).get("g_a")
+        if largest is None or self.device.type != "cpu" or not has_byte_convolution():
+            return None
+        return EightBitAnalysis(self.g_a, largest)
+
     @torch.no_grad()
     def latents(self, frames: Sequence[Frame], quality: int) -> Tensor:
         """g_a of frames of one size: y before any gain, float32 [B, M, hy, wy]. Raises NumericalError.
@@ -306,11 +315,12 @@ class Codec:
 
         def band(top: int, bottom: int) -> Tensor:
             part = rgb[:, :, top * STRIDE_Y : bottom * STRIDE_Y]
-            x = part.to(self.dtype).div_(255)
             missing = ((bottom - top) * STRIDE_Y - part.shape[2], shape[2] * STRIDE_Y - coded[1])
             if any(missing):
-                x = _replicate(x, bottom=missing[0], right=missing[1])
-            y: Tensor = self.g_a(x)
+                part = _replicate(part, bottom=missing[0], right=missing[1])
+            if self.g_a_in_bytes is not None:
+                return self.g_a_in_bytes(part)
+            y: Tensor = self.g_a(part.to(self.dtype).div_(255))
             return y
 
         y = _in_bands(band, shape[1], shape[2], lambda part, skip, rows: part[:, :, skip : skip + rows])
@@ -394,7 +404,7 @@ def _in_bands(
 
 
 def _replicate(x: Tensor, *, bottom: int, right: int) -> Tensor:
-    """Pad by repeating the last row and column; F.pad would refuse pads larger than it likes in reduced precision."""
+    """Pad by repeating the last row and column."""
     if right:
         x = torch.cat([x, x[:, :, :, -1:].expand(-1, -1, -1, right)], dim=3)
     if bottom:
