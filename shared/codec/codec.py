@@ -291,10 +291,10 @@ class Codec:
         return module
 
     def _in_bytes(self) -> EightBitAnalysis | None:
-        largest = self.bundle.info.get("ranges", {}).get("g_a")
-        if largest is None or self.device.type != "cpu" or not has_byte_convolution():
+        ranges = self.bundle.info.get("ranges")
+        if not isinstance(ranges, dict) or self.device.type != "cpu" or not has_byte_convolution():
             return None
-        return EightBitAnalysis(self.g_a, largest)
+        return EightBitAnalysis(self.g_a, ranges.get("g_a", ()))
 
     @torch.no_grad()
     def latents(self, frames: Sequence[Frame], quality: int) -> Tensor:

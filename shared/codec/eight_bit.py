@@ -52,7 +52,8 @@ class EightBitAnalysis:
 
     def __init__(self, g_a: AnalysisTransform, largest: Sequence[float]) -> None:
         layers = list(_layers(g_a))
-        if len(largest) != len(layers) - 1 or not all(0 < value < float("inf") for value in largest):
+        numbers = [value for value in largest if isinstance(value, float | int) and 0 < value < float("inf")]
+        if not len(numbers) == len(largest) == len(layers) - 1:
             raise InvalidBundle(f"ranges of g_a: expected {len(layers) - 1} positive numbers, got {list(largest)}")
         self._short = g_a.short
         self._layers: list[tuple[_ByteConv, _Role]] = []

@@ -1,6 +1,7 @@
 """g_a in bytes: what it computes, layer by layer, and how little that differs from g_a in floats."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,8 +139,8 @@ def test_a_convolution_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPat
     assert has_byte_convolution()
 
 
-@pytest.mark.parametrize("largest", [[], [1.0] * 8, [1.0] * 8 + [0.0], [1.0] * 8 + [float("nan")]])
-def test_ranges_that_do_not_fit_are_refused(largest: list[float]) -> None:
+@pytest.mark.parametrize("largest", [[], [1.0] * 8, [1.0] * 8 + [0.0], [1.0] * 8 + [float("nan")], [1.0] * 8 + ["1"]])
+def test_ranges_that_do_not_fit_are_refused(largest: list[Any]) -> None:
     with pytest.raises(InvalidBundle, match="expected 9 positive numbers"):
         EightBitAnalysis(small_g_a(), largest)
 
