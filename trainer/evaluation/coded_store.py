@@ -15,9 +15,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb
+from trainer.evaluation.anchors import CodedPicture, Rgb
 from trainer.evaluation.pictures import read_rgb
 
 P = TypeVar("P", contravariant=True)  # of points, whose str() names a file
@@ -95,9 +95,9 @@ class CodedStore:
 class Job:
     """One coding to be made: which picture (its pixels are read when its turn comes), by what, how."""
 
-    anchor: Anchor
+    anchor: Coder[Any]
     picture: Path
-    point: Point
+    point: Any
 
 
 def encode_jobs(store: CodedStore, jobs: Iterable[Job], *, workers: int) -> Iterator[tuple[Job, CodedPicture]]:

@@ -33,7 +33,6 @@ from trainer.evaluation.examples import JPEG_QUALITIES, VVC_QPS, examples_of, sa
 from trainer.evaluation.series import (
     AnchorSeries,
     Cost,
-    EffortCoder,
     EffortSeries,
     OriginalSeries,
     Series,
@@ -142,18 +141,21 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     store = CodedStore(settings.cache_dir / "anchors")
     anchors = [AnchorSeries(a, store, tuple(a.points)) for a in map(anchor_by_name, settings.anchors)]
     laboured = [
-        EffortSeries(EffortCoder(f"sightline-{n}-effort{k}", codec, k, labourer(codec, k)), store, settings.qualities)
+        EffortSeries(f"sightline-{n}-effort{k}", codec, settings.qualities, k, labourer(codec, k), store)
         for n, codec in codecs.items()
         for k in settings.effort
     ]
     with _progress() as progress:
         if settings.encode_missing:
-            _encode(anchors, pictures, settings.workers, progress)
+            for anchor in anchors:  # the coarse points of every picture first
+                jobs = [Job(anchor.anchor, p.path, point) for point in anchor.points for p in pictures.pictures]
+                _encode(store, anchor.name, jobs, settings.workers, progress)
         else:
             anchors = [series.stored(pictures.pictures) for series in anchors]
         sightline = [SightlineSeries(f"sightline-{n}", codec, settings.qualities) for n, codec in codecs.items()]
-        for series in laboured:
-            _work(series, pictures, progress)
+        for effort in laboured:  # one picture at a time: they share a frozen network
+            jobs = [Job(effort, p.path, quality) for quality in effort.qualities for p in pictures.pictures]
+            _encode(store, effort.name, jobs, 1, progress)
         controls = [UnquantisedSeries(f"sightline-{n}-unquantised", codec) for n, codec in codecs.items()]
         every: list[Series] = [OriginalSeries(), *sightline, *laboured, *controls, *anchors]
         points = _measure(every, tasks, pictures, settings, progress)
@@ -220,22 +222,11 @@ def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
-def _encode(anchors: Sequence[AnchorSeries], pictures: EvaluationSet, workers: int, progress: Progress) -> None:
-    """Make what the store lacks, anchor by anchor, the coarse points of every picture first."""
-    for series in anchors:
-        jobs = [Job(series.anchor, p.path, point) for point in series.points for p in pictures.pictures]
-        bar = progress.add_task(f"encode {series.name}", total=len(jobs))
-        for _ in encode_jobs(series.store, jobs, workers=workers):
-            progress.advance(bar)
-
-
-def _work(series: EffortSeries, pictures: EvaluationSet, progress: Progress) -> None:
-    """Make the codings that the store lacks."""
-    bar = progress.add_task(f"encode {series.name}", total=len(series.settings) * len(pictures.pictures))
-    for index in range(len(series.settings)):
-        for picture in pictures.pictures:
-            series.code(picture, index)
-            progress.advance(bar)
+def _encode(store: CodedStore, name: str, jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+    """Make what the store lacks of a series."""
+    bar = progress.add_task(f"encode {name}", total=len(jobs))
+    for _ in encode_jobs(store, jobs, workers=workers):
+        progress.advance(bar)
 
 
 def _measure(

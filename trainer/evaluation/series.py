@@ -23,7 +23,7 @@ from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame
 from trainer.effort import recipe
 from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb
-from trainer.evaluation.coded_store import CodedStore, pixels_sha256
+from trainer.evaluation.coded_store import CodedStore, Coder, P, pixels_sha256
 from trainer.evaluation.evaluation_set import Picture
 from trainer.evaluation.pictures import read_rgb
 
@@ -69,6 +69,12 @@ def _sha256_of(path: Path) -> str:
     return pixels_sha256(read_rgb(path))
 
 
+def _stored(store: CodedStore, coder: Coder[P], picture: Picture, point: P) -> CodedPicture:
+    """What the store has, else made and stored; the picture is read only then."""
+    sha256 = _sha256_of(picture.path)
+    return store.get(coder, sha256, point) or store.encode(coder, read_rgb(picture.path), sha256, point)
+
+
 @dataclass(frozen=True, slots=True)
 class OriginalSeries:
     name: str = "original"
@@ -97,10 +103,8 @@ class AnchorSeries:
         return [str(point) for point in self.points]
 
     def code(self, picture: Picture, setting: int) -> Coding:
-        point, sha256 = self.points[setting], _sha256_of(picture.path)
-        coded = self.store.get(self.anchor, sha256, point)
-        if coded is None:
-            coded = self.store.encode(self.anchor, read_rgb(picture.path), sha256, point)
+        point = self.points[setting]
+        coded = _stored(self.store, self.anchor, picture, point)
         data = coded.data
         how = f"{self.anchor.decoding}|{point.scale}|{picture.width}x{picture.height}|"
         key = "coded:" + hashlib.sha256(how.encode() + data).hexdigest()
@@ -128,62 +132,43 @@ class SightlineSeries:
         return [f"q{quality:g}" for quality in self.qualities]
 
     def code(self, picture: Picture, setting: int) -> Coding:
-        frame = Frame(read_rgb(picture.path))
+        coded = self._coded(picture, self.qualities[setting])
         start = time.perf_counter()
-        bitstream = self.codec.encode(frame, self.qualities[setting])
-        encoded = time.perf_counter()
-        rgb = self.codec.decode(bitstream).rgb
-        decoded = time.perf_counter()
-        bits = 8 * len(to_bytes(bitstream))
-        cost = Cost(bits, bits, encoded - start, decoded - encoded)
+        rgb = self.codec.decode(from_bytes(coded.data, [self.codec.model_id])).rgb
+        cost = Cost(coded.picture_bits, coded.picture_bits, coded.encode_s, time.perf_counter() - start)
         return Coding(cost, f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
+
+    def _coded(self, picture: Picture, quality: float) -> CodedPicture:
+        return _timed(self.codec.encode, read_rgb(picture.path), quality)
 
 
 @dataclass(frozen=True, slots=True)
-class EffortCoder:
-    """Sightline with `steps` of effort for each picture; its points are qualities.
+class EffortSeries(SightlineSeries):
+    """Sightline with `steps` of effort: slow as it is, every picture is coded once, like an anchor's.
 
     Deterministic on one device with one set of libraries alone; its codings are stored under codec and recipe.
     """
 
-    name: str
-    codec: Codec
     steps: int
     labour: Callable[[Frame, float], Bitstream]
+    store: CodedStore
 
     @property
     def identity(self) -> str:
         return f"{self.name}|{self.codec.model_id}|{recipe(self.steps)}"
 
     def encode(self, rgb: Rgb, point: float) -> CodedPicture:
-        start = time.perf_counter()
-        data = to_bytes(self.labour(Frame(rgb), point))
-        return CodedPicture(data, 8 * len(data), time.perf_counter() - start)
+        return _timed(self.labour, rgb, point)
+
+    def _coded(self, picture: Picture, quality: float) -> CodedPicture:
+        return _stored(self.store, self, picture, quality)
 
 
-@dataclass(frozen=True, slots=True)
-class EffortSeries:
-    """Sightline with effort: slow as it is, every picture is coded once, like an anchor's."""
-
-    coder: EffortCoder
-    store: CodedStore
-    qualities: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        return self.coder.name
-
-    @property
-    def settings(self) -> Sequence[str]:
-        return [f"q{quality:g}" for quality in self.qualities]
-
-    def code(self, picture: Picture, setting: int) -> Coding:
-        rgb = read_rgb(picture.path)
-        coded = self.store.encode(self.coder, rgb, pixels_sha256(rgb), self.qualities[setting])
-        start = time.perf_counter()
-        decoded = self.coder.codec.decode(from_bytes(coded.data, [self.coder.codec.model_id])).rgb
-        cost = Cost(coded.picture_bits, 8 * len(coded.data), coded.encode_s, time.perf_counter() - start)
-        return Coding(cost, f"pixels:{pixels_sha256(decoded)}", lambda: decoded)
+def _timed(encode: Callable[[Frame, float], Bitstream], rgb: Rgb, quality: float) -> CodedPicture:
+    frame = Frame(rgb)
+    start = time.perf_counter()
+    data = to_bytes(encode(frame, quality))
+    return CodedPicture(data, 8 * len(data), time.perf_counter() - start)
 
 
 @dataclass(frozen=True, slots=True)
