@@ -96,10 +96,12 @@ class Crops(Dataset[tuple[Any, ...]]):
         zoom: tuple[float, float] = (1.0, 1.0),
         targets: bool = False,
         masks: bool = False,
+        quality: int | None = None,
         cache_bytes: int = 4 << 30,
     ) -> None:
+        """`quality`: of all crops, 1 to 8; None draws one for each."""
         self.pictures, self.crop, self.seed, self.zoom = list(pictures), crop, seed, zoom
-        self.targets, self.masks = targets, masks
+        self.targets, self.masks, self.quality = targets, masks, quality
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._room = cache_bytes
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -114,6 +116,8 @@ class Crops(Dataset[tuple[Any, ...]]):
         top, left = (int(rng.integers(0, max(0, side - self.crop) + 1)) for side in (height, width))
         mirrored = bool(rng.random() < 0.5)
         steps = int(rng.integers(256, 2049)) if rng.random() < BETWEEN_LEVELS else 256 * int(rng.integers(1, 9))
+        if self.quality is not None:
+            steps = 256 * self.quality
         part = rgb[top : top + self.crop, left : left + self.crop]
         short = (self.crop - part.shape[0], self.crop - part.shape[1])
         if any(short):

@@ -37,7 +37,8 @@ class TrainSettings:
     `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device has it in hardware.
     `architecture`: None takes that of `start_from`, or the default; a bundle's `m` may be raised. `scales`: sides at
     which the bundle codes pictures, in 1/16 of the frame's, at quality 1 to 8; None takes those of the bundle started
-    from, or full size. `train scales` finds them.
+    from, or full size. `train scales` finds them. `quality`: of all crops, 1 to 8, for a codec of a single rate: its
+    other qualities are not trained, and its last checkpoint is exported, for one point has no curve to rank by.
     """
 
     out: Path
@@ -78,6 +79,7 @@ class TrainSettings:
     harvest_keep: int = 3
 
     scales: tuple[int, ...] | None = None
+    quality: int | None = None
     architecture: Architecture | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -105,6 +107,8 @@ class TrainSettings:
             raise InvalidSettings(f"train codec: 'ema' must be in [0, 1), got {self.ema}")
         if self.scales is not None and (len(self.scales) != 8 or not all(1 <= s <= 16 for s in self.scales)):
             raise InvalidSettings(f"train codec: 'scales' must be 8 numbers in [1, 16], got {self.scales}")
+        if self.quality is not None and not 1 <= self.quality <= 8:
+            raise InvalidSettings(f"train codec: 'quality' must be in [1, 8], got {self.quality}")
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise InvalidSettings(f"train codec: 'zoom' must be an ascending pair of factors, got {self.zoom}")
 

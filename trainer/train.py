@@ -233,7 +233,7 @@ class Keeper(Callback):
         codec.load_state_dict(own, strict=False)
         module.curves.append(curve)
         save_checkpoint(harvest_path(settings, curve), module.state())
-        kept = ranked(module.curves)[: settings.harvest_keep]
+        kept = ranked(module.curves, settings.quality)[: settings.harvest_keep]
         for other in module.curves:
             if other not in kept:
                 harvest_path(settings, other).unlink(missing_ok=True)
@@ -249,8 +249,13 @@ def harvest_path(settings: TrainSettings, curve: Curve) -> Path:
     return settings.out / f"harvest-{curve.step:07d}.pt"
 
 
-def ranked(curves: list[Curve]) -> list[Curve]:
-    """Curves by their rate at equal distance against the first one's, best first; of equals the later one."""
+def ranked(curves: list[Curve], quality: int | None = None) -> list[Curve]:
+    """Curves by their rate at equal distance against the first one's, best first; of equals the later one.
+
+    With one `quality` trained the others say nothing, and the later is the better.
+    """
+    if quality is not None:
+        return sorted(curves, key=lambda c: -c.step)
     return sorted(curves, key=lambda c: (rate_gap(c, curves[0]), -c.step))
 
 
@@ -317,6 +322,7 @@ def _crops(settings: TrainSettings, pictures: list[Picture], *, masks: bool) -> 
         zoom=settings.zoom,
         targets=settings.task_loss == "ground-truth",
         masks=masks,
+        quality=settings.quality,
         cache_bytes=settings.cache_bytes // max(1, settings.workers) // settings.devices,
     )
 
@@ -369,7 +375,7 @@ def _trainer(settings: TrainSettings, keeper: Keeper) -> Trainer:
 
 
 def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictures: int, folder: Path) -> None:
-    best = ranked(module.curves)[0] if module.curves else None
+    best = ranked(module.curves, settings.quality)[0] if module.curves else None
     codec = module.codec.cpu()
     if best is not None and (path := harvest_path(settings, best)).exists():
         state = read_checkpoint(path)

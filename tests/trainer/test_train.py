@@ -248,6 +248,7 @@ def test_a_disk_without_room_for_checkpoints_is_told(tmp_path: Path):
         {"steps": None},
         {"hours": 1.0},
         {"crop": 100},
+        {"quality": 9},
         {"batch": 3, "devices": 2},
         {"task_loss": "ground-truth"},
         {"network": "imagenet", "network_weights": None},
