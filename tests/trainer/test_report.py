@@ -225,11 +225,17 @@ def test_examples_cost_no_more_than_sightlines(evaluation: Evaluation, codec) ->
 def test_effort_is_one_more_series_whose_pictures_are_coded_once(
     settings: EvaluateSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two_steps = replace(settings, effort=(2,), anchors=("jpeg",), qualities=(6.0,), examples=())
+    two_steps = replace(settings, effort=(2,), anchors=("jpeg",), qualities=(6.0,), sizes=(50,), examples=())
     found = evaluate(two_steps)
     assert found.series == ("sightline-detection", "sightline-detection-effort2")
-    plain, effort = (next(p for p in found.results[0].points if p.series == name) for name in found.series)
-    assert plain.setting == effort.setting == "q6"
+    for name in found.series:
+        small, whole = (p for p in found.results[0].points if p.series == name)
+        assert (small.setting, whole.setting) == ("q6@50", "q6")
+        bits = [p.measured[Metric("box")].bpp for p in (small, whole)]
+        assert 0.2 * bits[1] < bits[0] < 0.6 * bits[1]
+    plain, effort = (
+        next(p for p in found.results[0].points if p.series == name and p.setting == "q6") for name in found.series
+    )
     assert effort.measured[Metric("box")].bpp != plain.measured[Metric("box")].bpp
     assert effort.encode_s > plain.encode_s
     assert {c.series for c in found.results[0].comparisons} == set(found.series)
@@ -241,7 +247,9 @@ def test_effort_is_one_more_series_whose_pictures_are_coded_once(
         return encode
 
     monkeypatch.setattr(evaluate_module, "labourer", never)
-    again = next(p for p in evaluate(two_steps).results[0].points if p.series == effort.series)
+    again = next(
+        p for p in evaluate(two_steps).results[0].points if (p.series, p.setting) == (effort.series, effort.setting)
+    )
     assert again.measured[Metric("box")].bpp == effort.measured[Metric("box")].bpp
     with pytest.raises(AssertionError, match="coded again"):
         evaluate(replace(two_steps, effort=(3,)))
@@ -254,6 +262,10 @@ def test_settings_that_cannot_work_are_refused(settings: EvaluateSettings) -> No
         replace(settings, tasks=())
     with pytest.raises(InvalidSettings, match="effort: at least 1 step"):
         replace(settings, effort=(0,))
+    with pytest.raises(InvalidSettings, match="sizes: percent below 100"):
+        replace(settings, sizes=(50, 100))
+    with pytest.raises(InvalidSettings, match="qualities: at least one"):
+        replace(settings, qualities=())
     with pytest.raises(InvalidSettings, match="workers"):
         replace(settings, workers=0)
     with pytest.raises(InvalidSettings, match="not both"):

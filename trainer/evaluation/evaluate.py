@@ -35,6 +35,7 @@ from trainer.evaluation.series import (
     Cost,
     EffortSeries,
     OriginalSeries,
+    Quality,
     Series,
     SightlineSeries,
     UnquantisedSeries,
@@ -56,12 +57,13 @@ class EvaluateSettings:
     test. `cityscapes_labels`: coco for networks with COCO's label space, cityscapes for the eight thing classes
     numbered from 1. `image_ids`: only these pictures of a COCO-format set. `image_list`: only the pictures in this JSON
     file, a list of ids or an object with "image_ids". `anchors`: jpeg, hevc[:PRESET], av1[:CPU_USED], vvc[:PRESET].
-    `qualities`: the codecs' points, 1 to 8. `effort`: of these numbers of gradient steps a picture, each codec once
-    more, its files kept in the cache. `workers`: encoders and decoders at a time. `draws`: resampled sets of pictures
-    for the intervals. `encode_missing`: whether anchors' points that the cache lacks are encoded; otherwise only points
-    that it has for every picture are used. `device`: where networks and codecs run, cpu or cuda. `examples`:
-    photographs that may be passed on, to be shown as each codec leaves them at equal bits. `example_quality`: of the
-    codec in them.
+    `qualities`: the codecs' points, 1 to 8. `sizes`: percent of the pictures' sides at which the lowest of them is used
+    once more, as the anchors' grids have all theirs: rates below the codec's own. `effort`: of these numbers of
+    gradient steps a picture, each codec once more, its files kept in the cache. `workers`: encoders and decoders at a
+    time. `draws`: resampled sets of pictures for the intervals. `encode_missing`: whether anchors' points that the
+    cache lacks are encoded; otherwise only points that it has for every picture are used. `device`: where networks and
+    codecs run, cpu or cuda. `examples`: photographs that may be passed on, to be shown as each codec leaves them at
+    equal bits. `example_quality`: of the codec in them.
     """
 
     out_dir: Path
@@ -78,6 +80,7 @@ class EvaluateSettings:
     image_list: Path | None = None
     anchors: tuple[str, ...] = ANCHORS
     qualities: tuple[float, ...] = QUALITIES
+    sizes: tuple[int, ...] = ()
     effort: tuple[int, ...] = ()
     workers: int = 2
     draws: int = 500
@@ -93,6 +96,10 @@ class EvaluateSettings:
             raise InvalidSettings("evaluate: tasks: at least one network is needed")
         if self.image_ids is not None and self.image_list is not None:
             raise InvalidSettings("evaluate: give image_ids or image_list, not both")
+        if not self.qualities:
+            raise InvalidSettings("evaluate: qualities: at least one is needed")
+        if any(not 1 <= percent < 100 for percent in self.sizes):
+            raise InvalidSettings(f"evaluate: sizes: percent below 100, at least 1, got {self.sizes}")
         if any(steps < 1 for steps in self.effort):
             raise InvalidSettings(f"evaluate: effort: at least 1 step, got {self.effort}")
         if self.workers < 1 or self.draws < 1:
@@ -140,8 +147,10 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     codecs = {short_name(name): _load_codec(name, settings.device) for name in settings.codecs}
     store = CodedStore(settings.cache_dir / "anchors")
     anchors = [AnchorSeries(a, store, tuple(a.points)) for a in map(anchor_by_name, settings.anchors)]
+    reduced = (Quality(min(settings.qualities), percent) for percent in settings.sizes)
+    own = (*reduced, *map(Quality, settings.qualities))
     laboured = [
-        EffortSeries(f"sightline-{n}-effort{k}", codec, settings.qualities, k, labourer(codec, k), store)
+        EffortSeries(f"sightline-{n}-effort{k}", codec, own, k, labourer(codec, k), store)
         for n, codec in codecs.items()
         for k in settings.effort
     ]
@@ -152,9 +161,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
                 _encode(store, anchor.name, jobs, settings.workers, progress)
         else:
             anchors = [series.stored(pictures.pictures) for series in anchors]
-        sightline = [SightlineSeries(f"sightline-{n}", codec, settings.qualities) for n, codec in codecs.items()]
+        sightline = [SightlineSeries(f"sightline-{n}", codec, own) for n, codec in codecs.items()]
         for effort in laboured:  # one picture at a time: they share a frozen network
-            jobs = [Job(effort, p.path, quality) for quality in effort.qualities for p in pictures.pictures]
+            jobs = [Job(effort, p.path, point) for point in effort.points for p in pictures.pictures]
             _encode(store, effort.name, jobs, 1, progress)
         controls = [UnquantisedSeries(f"sightline-{n}-unquantised", codec) for n, codec in codecs.items()]
         every: list[Series] = [OriginalSeries(), *sightline, *laboured, *controls, *anchors]

@@ -4,8 +4,8 @@ Each is a series of settings; a setting codes a picture at a cost in bits and ca
 
 * original: one setting; bits are its file, as it came; a decoded picture is known by its pixels.
 * an anchor: its grid; bits are the picture's (see `bits`); known by the coded bytes and how they are decoded.
-* Sightline: qualities; bits are the whole .slc, header and all; known by its decoded pixels, because the transforms may
-  change while the weights do not.
+* Sightline: qualities, and the lowest one at reduced sizes; bits are the whole .slc, header and all; known by its
+  decoded pixels, because the transforms may change while the weights do not.
 * Sightline with effort: the same, its codings stored.
 * unquantised: one setting, no bits: g_s(g_a(x)), a control; known by its decoded pixels.
 """
@@ -18,11 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from PIL import Image
+
 from shared.codec.bitstream import from_bytes, to_bytes
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame
 from trainer.effort import recipe
-from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb
+from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb, coded_size, resized
 from trainer.evaluation.coded_store import CodedStore, Coder, P, pixels_sha256
 from trainer.evaluation.evaluation_set import Picture
 from trainer.evaluation.pictures import read_rgb
@@ -122,24 +124,37 @@ class AnchorSeries:
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """One setting of Sightline: its quality, and the size of what it is given in percent of each side."""
+
+    quality: float
+    scale: int = 100
+
+    def __str__(self) -> str:
+        return str(self.quality) if self.scale == 100 else f"{self.quality}@{self.scale}"
+
+
+@dataclass(frozen=True, slots=True)
 class SightlineSeries:
     name: str
     codec: Codec
-    qualities: tuple[float, ...]
+    points: tuple[Quality, ...]
 
     @property
     def settings(self) -> Sequence[str]:
-        return [f"q{quality:g}" for quality in self.qualities]
+        return [f"q{p.quality:g}" + (f"@{p.scale}" if p.scale < 100 else "") for p in self.points]
 
     def code(self, picture: Picture, setting: int) -> Coding:
-        coded = self._coded(picture, self.qualities[setting])
+        coded = self._coded(picture, self.points[setting])
         start = time.perf_counter()
         rgb = self.codec.decode(from_bytes(coded.data, [self.codec.model_id])).rgb
-        cost = Cost(coded.picture_bits, coded.picture_bits, coded.encode_s, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        rgb = resized(rgb, picture.height, picture.width, Image.Resampling.BICUBIC)
+        cost = Cost(coded.picture_bits, coded.picture_bits, coded.encode_s, seconds)
         return Coding(cost, f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
 
-    def _coded(self, picture: Picture, quality: float) -> CodedPicture:
-        return _timed(self.codec.encode, read_rgb(picture.path), quality)
+    def _coded(self, picture: Picture, point: Quality) -> CodedPicture:
+        return _timed(self.codec.encode, read_rgb(picture.path), point)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +172,17 @@ class EffortSeries(SightlineSeries):
     def identity(self) -> str:
         return f"{self.name}|{self.codec.model_id}|{recipe(self.steps)}"
 
-    def encode(self, rgb: Rgb, point: float) -> CodedPicture:
+    def encode(self, rgb: Rgb, point: Quality) -> CodedPicture:
         return _timed(self.labour, rgb, point)
 
-    def _coded(self, picture: Picture, quality: float) -> CodedPicture:
-        return _stored(self.store, self, picture, quality)
+    def _coded(self, picture: Picture, point: Quality) -> CodedPicture:
+        return _stored(self.store, self, picture, point)
 
 
-def _timed(encode: Callable[[Frame, float], Bitstream], rgb: Rgb, quality: float) -> CodedPicture:
-    frame = Frame(rgb)
+def _timed(encode: Callable[[Frame, float], Bitstream], rgb: Rgb, point: Quality) -> CodedPicture:
+    frame = Frame(resized(rgb, *coded_size(rgb.shape[0], rgb.shape[1], point.scale), Image.Resampling.LANCZOS))
     start = time.perf_counter()
-    data = to_bytes(encode(frame, quality))
+    data = to_bytes(encode(frame, point.quality))
     return CodedPicture(data, 8 * len(data), time.perf_counter() - start)
 
 
