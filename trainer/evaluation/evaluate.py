@@ -148,9 +148,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     store = CodedStore(settings.cache_dir / "anchors")
     anchors = [AnchorSeries(a, store, tuple(a.points)) for a in map(anchor_by_name, settings.anchors)]
     reduced = (Quality(min(settings.qualities), percent) for percent in settings.sizes)
-    own = (*reduced, *map(Quality, settings.qualities))
+    grid = (*reduced, *map(Quality, settings.qualities))
     laboured = [
-        EffortSeries(f"sightline-{n}-effort{k}", codec, own, k, labourer(codec, k), store)
+        EffortSeries(f"sightline-{n}-effort{k}", codec, grid, k, labourer(codec, k), store)
         for n, codec in codecs.items()
         for k in settings.effort
     ]
@@ -161,7 +161,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
                 _encode(store, anchor.name, jobs, settings.workers, progress)
         else:
             anchors = [series.stored(pictures.pictures) for series in anchors]
-        sightline = [SightlineSeries(f"sightline-{n}", codec, own) for n, codec in codecs.items()]
+        sightline = [SightlineSeries(f"sightline-{n}", codec, grid) for n, codec in codecs.items()]
         for effort in laboured:  # one picture at a time: they share a frozen network
             jobs = [Job(effort, p.path, point) for point in effort.points for p in pictures.pictures]
             _encode(store, effort.name, jobs, 1, progress)
