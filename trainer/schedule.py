@@ -10,7 +10,9 @@ Its strategy over the run is kept, as smooth functions of progress in [0, 1], fo
     latents    noisy                                                            rounded from `rounding_from`
 
 Levels share the network (one bundle, many rates). Level l of 8 has a relative price r = span^(l / 7 - 1/2): its
-distortion and task terms weigh sqrt(r), its rate term 1 / sqrt(r), so that no level's gradient outweighs another's.
+distortion and task terms weigh r^lean, its rate term r^(lean - 1). `lean` decides which levels the shared weights hear
+most, not what any of them aims at: at 1/2 rate and squared error have gradients alike at all levels, but a frozen
+network's features pull eight times harder at the finest than at the coarsest; at 0.15 all of it together pulls alike.
 
 `GradientBalance` is the second part: gradient norms of the weighted terms at the latents are measured every few
 steps, and a term that falls below a share of the strongest is lifted to it, within a limit.
@@ -47,12 +49,13 @@ class Schedule:
     """Weights as functions of progress. Defaults are those of the `detection` bundle's last runs: distortion
     first and long, no pressure (docs/results.md). See the module's head for the shape.
 
-    `span`: ratio of the finest to the coarsest level's price of distortion. `press_steps`: steps in which the weight
-    of the rate is raised. `lr_floor`: the learning rate's last value as a share of its highest; `warmup_steps`: steps
-    until that.
+    `span`: ratio of the finest to the coarsest level's price of distortion. `lean`: see there. `press_steps`: steps in
+    which the weight of the rate is raised. `lr_floor`: the learning rate's last value as a share of its highest;
+    `warmup_steps`: steps until that.
     """
 
     span: float = 300.0
+    lean: float = 0.5
     mse_start: float = 300.0
     mse_end: float = 150.0
     task: float = 1.0
@@ -77,6 +80,8 @@ class Schedule:
         for name in ("span", "mse_start", "mse_end", "rate_start", "press_steps"):
             if getattr(self, name) <= 0:
                 raise InvalidSettings(f"schedule: '{name}' must be positive, got {getattr(self, name)}")
+        if not 0 <= self.lean <= 1:
+            raise InvalidSettings(f"schedule: 'lean' must be in [0, 1], got {self.lean}")
         if self.task < 0:
             raise InvalidSettings(f"schedule: 'task' must not be negative, got {self.task}")
 
@@ -86,10 +91,12 @@ class Schedule:
 
     def weights(self, progress: float, levels: Tensor) -> Weights:
         """Weights at `progress` in [0, 1] for `levels`, float of any shape."""
-        root = self.price(levels).sqrt()
+        price = self.price(levels)
+        distortion = price**self.lean
         to_task = ramp(progress, self.distortion_until, self.task_at)
         mse = math.exp((1 - to_task) * math.log(self.mse_start) + to_task * math.log(self.mse_end))
-        return Weights(rate=self.pressure(progress) / root, mse=mse * root, task=self.task * to_task * root)
+        rate = self.pressure(progress) * distortion / price
+        return Weights(rate=rate, mse=mse * distortion, task=self.task * to_task * distortion)
 
     def pressure(self, progress: float) -> float:
         """Weight of the rate before the level's price: a smooth staircase from `rate_start` to 1."""

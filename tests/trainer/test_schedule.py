@@ -53,6 +53,16 @@ def test_higher_levels_pay_more_for_distortion_and_less_for_rate_at_constant_pro
     torch.testing.assert_close(weights.mse * weights.rate, (weights.mse * weights.rate)[:1].expand(8))
 
 
+def test_leaning_changes_how_loud_a_level_is_and_not_what_it_aims_at():
+    even, leaning = (Schedule(lean=lean).weights(1.0, LEVELS) for lean in (0.5, 0.15))
+    for weights in (even, leaning):
+        torch.testing.assert_close(weights.mse / weights.rate, even.mse / even.rate)
+        torch.testing.assert_close(weights.task / weights.rate, even.task / even.rate)
+    louder = leaning.task / even.task
+    assert torch.all(louder.diff() < 0)
+    assert float(louder[0] * louder[-1]) == pytest.approx(1)
+
+
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(-1, 2))
 def test_a_ramp_stays_between_zero_and_one_and_never_falls(a: float, b: float, progress: float):
     start, end = min(a, b), max(a, b)
