@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bench.effort import gain
 from trainer.checkpoints import read_checkpoint, save_checkpoint, starting_model
 from trainer.crops import Crops, collate, list_pictures, tuning_pictures
 from trainer.frozen import load_frozen
@@ -71,14 +72,6 @@ def settings_of(name: str, images: Path, annotations: Path, out: Path, steps: in
     return replace(common, **VARIANTS[name], annotations=annotations if labelled else None)
 
 
-def curve_of(folder: Path, tuning: list[Tensor], task: TaskLoss) -> Curve:
-    """The curve of a run's last weights, averaged as they would be exported."""
-    state = read_checkpoint(folder / "last.pt")
-    codec = starting_model(str(folder / "last.pt"), None)
-    codec.load_state_dict(state["average"])
-    return measure_curve(codec, tuning, task, scale=1.0, step=state["step"], bf16=True)
-
-
 def train_peer(price: float, crops: Crops, batch: int, rate: float, seconds: float) -> tuple[MeanScaleHyperprior, int]:
     """mbt2018-mean from nothing for so long, with the reference's optimiser, schedule and crops. And its steps."""
     torch.manual_seed(0)
@@ -100,7 +93,7 @@ def train_peer(price: float, crops: Crops, batch: int, rate: float, seconds: flo
     return peer.eval(), step
 
 
-def _until(deadline: float) -> Any:
+def _until(deadline: float) -> Iterator[None]:
     while time.monotonic() < deadline:
         yield None
 
@@ -135,28 +128,30 @@ def measure_peer(peer: MeanScaleHyperprior, tuning: list[Tensor], task: TaskLoss
 
 def at_equal(point: Point, reference: Curve, by: str) -> float | None:
     """The point's rate against the reference's at its distance or MSE (`by`), less 1; None out of its range."""
-    reached, rates = np.log(getattr(reference, by)[::-1]), np.log(reference.bpp[::-1])
-    wanted = np.log(getattr(point, by))
-    if not reached[0] <= wanted <= reached[-1]:
+    reached, wanted = getattr(reference, by), getattr(point, by)
+    if not reached[-1] <= wanted <= reached[0]:
         return None
-    return float(np.exp(np.log(point.bpp) - np.interp(wanted, reached, rates)) - 1)
+    return float(gain(np.column_stack([reference.bpp, reached]), np.array([[point.bpp, wanted]]))[0])
 
 
 def compared(name: str, found: dict[str, Any], reference: Curve) -> dict[str, Any]:
     """A row: rate at equal feature distance and at equal MSE, of the one trained point or as mean over the curve."""
-    if "point" in found:
-        point = Point(**found["point"])
-        gaps = [at_equal(point, reference, by) for by in ("distance", "mse")]
-    else:
+    point = _trained_point(name, found)
+    if point is None:
         curve = Curve.from_dict(found["curve"])
-        quality = VARIANTS[name].get("quality")
-        if quality is None:
-            by_mse = [replace(c, distance=c.mse) for c in (curve, reference)]
-            gaps = [rate_gap(curve, reference), rate_gap(*by_mse)]
-        else:
-            point = Point(*(getattr(curve, of)[quality - 1] for of in ("bpp", "mse", "distance")))
-            gaps = [at_equal(point, reference, by) for by in ("distance", "mse")]
-    return {"name": name, "steps": found["steps"], "minutes": found["minutes"], "distance": gaps[0], "mse": gaps[1]}
+        by_mse = [replace(c, distance=c.mse) for c in (curve, reference)]
+        distance, mse = rate_gap(curve, reference), rate_gap(*by_mse)
+    else:
+        distance, mse = at_equal(point, reference, "distance"), at_equal(point, reference, "mse")
+    return {"name": name, "steps": found["steps"], "minutes": found["minutes"], "distance": distance, "mse": mse}
+
+
+def _trained_point(name: str, found: dict[str, Any]) -> Point | None:
+    """Of a run of a single rate; None of one of all."""
+    if "point" in found:
+        return Point(**found["point"])
+    quality = VARIANTS[name].get("quality")
+    return None if quality is None else Point(*(found["curve"][of][quality - 1] for of in ("bpp", "mse", "distance")))
 
 
 def main() -> int:
@@ -170,15 +165,9 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     tuning = tuning_tensors(tuning_pictures(given.images) or list_pictures(given.images, None), TUNING_PICTURES)
-    task = TaskLoss(load_frozen(NETWORK, None), "features")
-    task.calibrate(torch.stack([t for t in tuning if t.shape == tuning[0].shape]).float() / 255, 1.0)
-    for name in given.only or [*VARIANTS, *PEERS]:
-        result = given.out / f"{name}.json"
-        if result.exists():
-            continue
-        make: Callable[..., dict[str, Any]] = _make_peer if name in PEERS else _make_variant
-        made = make(name, given, tuning, task)
-        result.write_text(json.dumps(made, indent=1))
+    missing = [name for name in given.only or [*VARIANTS, *PEERS] if not (given.out / f"{name}.json").exists()]
+    if missing:
+        _make(missing, given, tuning)
     found = {n: json.loads(p.read_text()) for n in [*VARIANTS, *PEERS] if (p := given.out / f"{n}.json").exists()}
     if REFERENCE not in found:
         return 0
@@ -197,11 +186,21 @@ def main() -> int:
     return 0
 
 
+def _make(names: list[str], given: argparse.Namespace, tuning: list[Tensor]) -> None:
+    """Make runs and write what each came to as it is done."""
+    task = TaskLoss(load_frozen(NETWORK, None), "features")
+    task.calibrate(torch.stack([t for t in tuning if t.shape == tuning[0].shape]).float() / 255, 1.0)
+    for name in names:
+        make = _make_peer if name in PEERS else _make_variant
+        (given.out / f"{name}.json").write_text(json.dumps(make(name, given, tuning, task), indent=1))
+
+
 def _make_variant(name: str, given: argparse.Namespace, tuning: list[Tensor], task: TaskLoss) -> dict[str, Any]:
     settings = settings_of(name, given.images, given.annotations, given.out, given.steps)
     train_codec(settings)
-    state = read_checkpoint(settings.out / "last.pt")
-    curve = curve_of(settings.out, tuning, task)
+    last = settings.out / "last.pt"
+    state = read_checkpoint(last)
+    curve = measure_curve(starting_model(str(last), None), tuning, task, scale=1.0, step=state["step"], bf16=True)
     return {"steps": state["step"], "minutes": state["elapsed_s"] / 60, "curve": curve.as_dict()}
 
 

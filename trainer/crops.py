@@ -116,7 +116,7 @@ class Crops(Dataset[tuple[Any, ...]]):
         top, left = (int(rng.integers(0, max(0, side - self.crop) + 1)) for side in (height, width))
         mirrored = bool(rng.random() < 0.5)
         steps = int(rng.integers(256, 2049)) if rng.random() < BETWEEN_LEVELS else 256 * int(rng.integers(1, 9))
-        if self.quality is not None:
+        if self.quality is not None:  # after the draw, so that the crops are those of a run of all qualities
             steps = 256 * self.quality
         part = rgb[top : top + self.crop, left : left + self.crop]
         short = (self.crop - part.shape[0], self.crop - part.shape[1])

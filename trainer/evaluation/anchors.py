@@ -94,7 +94,7 @@ class Anchor:
 
     def encode(self, rgb: Rgb, point: Point) -> CodedPicture:
         """uint8 [height, width, 3] -> its coded form at `point`. Raises Unavailable if the encoder fails."""
-        small = _to_even(resized(rgb, *coded_size(rgb.shape[0], rgb.shape[1], point.scale), Image.Resampling.LANCZOS))
+        small = _to_even(reduced(rgb, point.scale))
         start = time.perf_counter()
         data = self.compress(small, point.quantiser)
         return CodedPicture(data, self.count_bits(data), time.perf_counter() - start)
@@ -103,7 +103,7 @@ class Anchor:
         """The coded form -> uint8 [height, width, 3] at the original size."""
         small_height, small_width = coded_size(height, width, point.scale)
         even = self.expand(data, small_height + small_height % 2, small_width + small_width % 2)
-        return resized(even[:small_height, :small_width], height, width, Image.Resampling.BICUBIC)
+        return restored(even[:small_height, :small_width], height, width)
 
 
 def coded_size(height: int, width: int, scale: int) -> tuple[int, int]:
@@ -242,7 +242,17 @@ def _jpeg_expand(data: bytes, height: int, width: int) -> Rgb:
     return rgb
 
 
-def resized(rgb: Rgb, height: int, width: int, filter_: Image.Resampling) -> Rgb:
+def reduced(rgb: Rgb, scale: int) -> Rgb:
+    """What a codec is given at `scale` percent of each side."""
+    return _resized(rgb, *coded_size(rgb.shape[0], rgb.shape[1], scale), Image.Resampling.LANCZOS)
+
+
+def restored(rgb: Rgb, height: int, width: int) -> Rgb:
+    """What comes back of it, at the size that the picture had."""
+    return _resized(rgb, height, width, Image.Resampling.BICUBIC)
+
+
+def _resized(rgb: Rgb, height: int, width: int, filter_: Image.Resampling) -> Rgb:
     if rgb.shape[:2] == (height, width):
         return rgb
     return np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).resize((width, height), filter_))

@@ -18,13 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
-
 from shared.codec.bitstream import from_bytes, to_bytes
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame
 from trainer.effort import recipe
-from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb, coded_size, resized
+from trainer.evaluation.anchors import Anchor, CodedPicture, Point, Rgb, reduced, restored
 from trainer.evaluation.coded_store import CodedStore, Coder, P, pixels_sha256
 from trainer.evaluation.evaluation_set import Picture
 from trainer.evaluation.pictures import read_rgb
@@ -149,7 +147,7 @@ class SightlineSeries:
         start = time.perf_counter()
         rgb = self.codec.decode(from_bytes(coded.data, [self.codec.model_id])).rgb
         seconds = time.perf_counter() - start
-        rgb = resized(rgb, picture.height, picture.width, Image.Resampling.BICUBIC)
+        rgb = restored(rgb, picture.height, picture.width)
         cost = Cost(coded.picture_bits, coded.picture_bits, coded.encode_s, seconds)
         return Coding(cost, f"pixels:{pixels_sha256(rgb)}", lambda: rgb)
 
@@ -180,7 +178,7 @@ class EffortSeries(SightlineSeries):
 
 
 def _timed(encode: Callable[[Frame, float], Bitstream], rgb: Rgb, point: Quality) -> CodedPicture:
-    frame = Frame(resized(rgb, *coded_size(rgb.shape[0], rgb.shape[1], point.scale), Image.Resampling.LANCZOS))
+    frame = Frame(reduced(rgb, point.scale))
     start = time.perf_counter()
     data = to_bytes(encode(frame, point.quality))
     return CodedPicture(data, 8 * len(data), time.perf_counter() - start)
