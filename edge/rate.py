@@ -11,10 +11,10 @@ Three things are estimated from what passes by, none is assumed:
     quality              = where the bundle's curve, moved to the scene, gives wanted / frames bits a frame
 
 The queue is what waits for the link, or what was coded beyond the budget, whichever is more: so the budget holds on a
-faster link too. A short standing queue (TARGET_S) tells a saturated link from an idle one, so a link below the budget
-is kept full without being told its rate; at the budget itself the target is 0. A longer queue, such as an outage
-leaves, lowers the rate and so the quality until it has drained, within the bounds. Only frames that left quality open
-are changed.
+faster link too. What waits because the cloud is slow does not count: fewer bits would not hasten it. A short standing
+queue (TARGET_S) tells a saturated link from an idle one, so a link below the budget is kept full without being told its
+rate; at the budget itself the target is 0. A longer queue, such as an outage leaves, lowers the rate and so the quality
+until it has drained, within the bounds. Only frames that left quality open are changed.
 
 Times are passed in, in s of a monotonic clock; sizes are bits of both streams.
 """
@@ -97,7 +97,7 @@ class RateController:
         self._received.add(bits, now)
 
     def quality(self, queued_frames: int, bounds: tuple[float, float], now: float) -> float:
-        """For the next frame that leaves it open, within `bounds`, with `queued_frames` not yet at the cloud."""
+        """For the next frame that leaves it open, within `bounds`, with `queued_frames` waiting for the link."""
         waiting_s = queued_frames * self._frame_bits / self.capacity_bps
         self._follow_link(waiting_s, now)
         queue_s = max(waiting_s, self._overspent / self.budget_bps)

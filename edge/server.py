@@ -238,8 +238,8 @@ def _pacing(
     measured = (models.encoders[models.default].bundle.info.get("tuning_curve") or {}).get("bpp", ())
 
     def queued_frames() -> int:
-        there = uplink()
-        return max(0, spool.stats.frames - (there.received_frames if there else 0))
+        there, spooled = uplink(), spool.stats.frames
+        return there.waiting_for_link(spooled) if there else spooled
 
     def tell(capacity_bps: float, quality: float) -> None:
         metrics.uplink_capacity.set(capacity_bps)

@@ -108,6 +108,11 @@ class Session:
             self.ended.set_result(None)
             await self._channel.close()
 
+    @property
+    def without_credit(self) -> bool:
+        """Nothing more may be sent until the cloud grants it."""
+        return self._credit_frames < 1 or self._credit_bytes < 1
+
     def ask_to_drain(self) -> None:
         """Sends nothing new from now on."""
         if not self.draining.done():
@@ -147,7 +152,7 @@ class Session:
             if max(len(self._sources) - MAX_SOURCES, len(self._models) - MAX_MODELS) > -FRAMES_AT_ONCE:
                 self.ask_to_drain()  # indexes run out: the next stream begins anew
                 return
-            if self._credit_frames < 1 or self._credit_bytes < 1:
+            if self.without_credit:
                 await self._uplink.look_again()
                 continue
             entries = await self._uplink.next_entries(

@@ -262,10 +262,15 @@ class Uplink:
         if self._on_received is not None:
             self._on_received(size_bytes)
 
-    @property
-    def received_frames(self) -> int:
-        """Frames that are at the cloud, which still works on them."""
-        return sum(sent.received for session in self._running for sent in session.in_flight.values())
+    def waiting_for_link(self, spooled: int) -> int:
+        """Of so many frames in the spool, those that the link keeps waiting. It does not where the cloud asked to wait,
+        nor where the cloud gives no more credit and has most of what was sent: then only the rest of that counts."""
+        sent = [sent.received for session in self._running for sent in session.in_flight.values()]
+        received = sum(sent)
+        no_credit = self._current is not None and self._current.without_credit and 2 * received >= len(sent)
+        if no_credit or time.monotonic() < self._paused_until:
+            return len(sent) - received
+        return max(0, spooled - received)
 
     def on_sent(self, size_bytes: int) -> None:
         self._metrics.uplink_sent_frames.inc()

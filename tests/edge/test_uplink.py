@@ -51,6 +51,7 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
     credit_frames: int = 8
     credit_bytes: int = 1 << 20
     models: tuple[str, ...] = (MODEL, OTHER_MODEL)
+    grants_again: bool = True
     welcomes: bool = True
     max_frame_bytes: int = 0
     frames: list[tuple[Key, ingest_pb2.FrameUpload]] = field(default_factory=list)
@@ -126,8 +127,9 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
                 raise answer
             if answer is not None:
                 yield ingest_pb2.UploadResponse(acks=ingest_pb2.Acks(acks=[answer]))
-                yield grant(1, size)
-                credit_frames, credit_bytes = credit_frames + 1, credit_bytes + size
+                if self.grants_again:
+                    yield grant(1, size)
+                    credit_frames, credit_bytes = credit_frames + 1, credit_bytes + size
             seen += 1
             if seen == self.drain_after:
                 yield ingest_pb2.UploadResponse(drain=ingest_pb2.Drain(reason="test", grace_ms=10_000))
@@ -151,6 +153,11 @@ def bits(frame: ingest_pb2.FrameUpload, models: dict[int, str]) -> Bitstream:
 
 def grant(frames: int, size: int) -> ingest_pb2.UploadResponse:
     return ingest_pb2.UploadResponse(credit=ingest_pb2.CreditGrant(frames=frames, bytes=size))
+
+
+def received(ack: ingest_pb2.FrameAck) -> ingest_pb2.FrameAck:
+    ack.state = ingest_pb2.ACK_STATE_RECEIVED
+    return ack
 
 
 def persisted(ack: ingest_pb2.FrameAck) -> ingest_pb2.FrameAck:
@@ -294,12 +301,36 @@ async def test_a_frame_larger_than_the_credit_still_passes(path: Path) -> None:
     assert cloud.faults == []
 
 
-async def test_received_is_not_enough_to_forget_a_frame(path: Path) -> None:
-    def received(cloud: Cloud, ack: ingest_pb2.FrameAck, frame: Any) -> ingest_pb2.FrameAck:
-        ack.state = ingest_pb2.ACK_STATE_RECEIVED
-        return ack
+async def test_frames_behind_a_slow_link_wait_for_it(path: Path) -> None:
+    cloud = Cloud(answer=lambda cloud, ack, frame: None, credit_frames=5)
+    async with serving(cloud) as port, edge_to(port, path) as edge:
+        await edge.put(30)
+        await until(lambda: len(cloud.frames) == 5)
+        assert edge.uplink.waiting_for_link(30) == 30
 
-    cloud = Cloud(answer=received)
+
+async def test_frames_behind_a_slow_cloud_do_not_wait_for_the_link(path: Path) -> None:
+    cloud = Cloud(answer=lambda cloud, ack, frame: received(ack), credit_frames=5, grants_again=False)
+    async with serving(cloud) as port, edge_to(port, path) as edge:
+        await edge.put(30)
+        await until(lambda: edge.count("sightline_edge_uplink_acks_total", kind="received", reason="") == 5)
+        assert edge.uplink.waiting_for_link(30) == 0
+
+
+async def test_frames_that_the_cloud_wants_later_do_not_wait_for_the_link(path: Path) -> None:
+    cloud = Cloud(answer=lambda cloud, ack, frame: later(ack, ingest_pb2.RETRY_REASON_OVERLOADED, 60_000))
+    async with serving(cloud) as port, edge_to(port, path) as edge:
+        await edge.put(30)
+        await until(lambda: edge.uplink.waiting_for_link(30) == 0)
+
+
+async def test_without_a_cloud_all_frames_wait_for_the_link(path: Path) -> None:
+    async with edge_to(1, path) as edge:
+        assert edge.uplink.waiting_for_link(30) == 30
+
+
+async def test_received_is_not_enough_to_forget_a_frame(path: Path) -> None:
+    cloud = Cloud(answer=lambda cloud, ack, frame: received(ack))
     async with serving(cloud) as port, edge_to(port, path) as edge:
         await edge.put(3)
         await until(lambda: edge.count("sightline_edge_uplink_acks_total", kind="received", reason="") == 3)
