@@ -23,6 +23,7 @@ from bench.corruption import injure
 from shared.codec import bitstream as bits
 from shared.codec.types import Bitstream
 from shared.rpc import tls
+from shared.rpc.frames import from_upload, to_upload
 
 Opener = Callable[[], grpc.aio.Channel]
 ALLOWED = frozenset(
@@ -233,10 +234,7 @@ class Attack:
 
     def _upload_request(self, seq: int, rng: np.random.Generator) -> ingest_pb2.UploadRequest:
         coded = self._coded
-        frame = ingest_pb2.FrameUpload(
-            seq=seq, width=coded.width, height=coded.height, quality_steps=coded.quality, hyper=coded.hyper,
-            latents=coded.latents, symbols_crc=coded.symbols_crc,
-        )  # fmt: skip
+        frame = to_upload(coded, source_index=0, seq=seq, model_index=0)
         if rng.random() < 0.3:
             frame.latents = injure(frame.latents, rng)
         if rng.random() < 0.3:
@@ -246,11 +244,7 @@ class Attack:
         frame.source_index = frame.model_index = 0
         frame.seq = seq
         if rng.random() < 0.7:  # past the first check
-            lying = Bitstream(
-                coded.model_id, frame.quality_steps, frame.height, frame.width, frame.hyper, frame.latents,
-                frame.symbols_crc,
-            )  # fmt: skip
-            frame.payload_crc = bits.payload_crc(lying)
+            frame.payload_crc = bits.payload_crc(from_upload(frame, coded.model_id))
         return ingest_pb2.UploadRequest(frame=frame)
 
 

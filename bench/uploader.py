@@ -9,9 +9,9 @@ from typing import Self
 import grpc
 from sightline.v1 import ingest_pb2, ingest_pb2_grpc
 
-from shared.codec.bitstream import payload_crc
 from shared.codec.types import Bitstream
 from shared.errors import Unavailable
+from shared.rpc.frames import to_upload
 
 
 class Uploader:
@@ -51,20 +51,8 @@ class Uploader:
         self._seq += 1
         seq = self._seq
         answered = self._waiting[seq] = asyncio.get_running_loop().create_future()
-        frame = ingest_pb2.FrameUpload(
-            source_index=0,
-            seq=seq,
-            model_index=0,
-            capture_time_unix_us=time.time_ns() // 1000,
-            spooled_time_unix_us=time.time_ns() // 1000,
-            width=coded.width,
-            height=coded.height,
-            quality_steps=coded.quality,
-            hyper=coded.hyper,
-            latents=coded.latents,
-            symbols_crc=coded.symbols_crc,
-            payload_crc=payload_crc(coded),
-        )
+        frame = to_upload(coded, source_index=0, seq=seq, model_index=0)
+        frame.capture_time_unix_us = frame.spooled_time_unix_us = time.time_ns() // 1000
         async with self._writing:
             await self._call.write(ingest_pb2.UploadRequest(frame=frame))
         ack = await answered

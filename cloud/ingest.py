@@ -28,10 +28,10 @@ from cloud.detections.log import FrameName
 from cloud.metrics import CloudMetrics
 from cloud.pipeline import Pipeline, ReceivedFrame, Tombstone, Verdict
 from cloud.tasks.labels import COCO_LABELS
-from shared.codec.types import Bitstream
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.logs import facts
 from shared.rpc.access import caller
+from shared.rpc.frames import from_upload
 
 _log = logging.getLogger("sightline.cloud.ingest")
 PROTOCOL_VERSION = 1
@@ -331,15 +331,7 @@ class _UploadStream:
         received = ReceivedFrame(
             name=name,
             edge_id=self._edge_id,
-            bitstream=Bitstream(
-                model_id=model_id,
-                quality=frame.quality_steps,
-                height=frame.height,
-                width=frame.width,
-                hyper=frame.hyper,
-                latents=frame.latents,
-                symbols_crc=frame.symbols_crc,
-            ),
+            bitstream=from_upload(frame, model_id),
             payload_crc=frame.payload_crc,
             capture_us=frame.capture_time_unix_us,
             spooled_us=frame.spooled_time_unix_us,

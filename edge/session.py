@@ -17,11 +17,12 @@ import grpc
 from sightline.v1 import common_pb2, ingest_pb2, ingest_pb2_grpc
 
 from edge.spool_rows import Entry, Final, FrameName, Outcome
-from shared.codec.bitstream import payload_crc, to_bytes
+from shared.codec.bitstream import to_bytes
 from shared.errors import NotFound, SightlineError, TooLarge
 from shared.logs import facts, frame_id
 from shared.metrics import software_version
 from shared.rpc import status
+from shared.rpc.frames import to_upload
 
 if TYPE_CHECKING:
     from edge.uplink import Uplink
@@ -197,23 +198,12 @@ class Session:
             model = ingest_pb2.ModelAnnouncement(index=self._models[bits.model_id], model_id=bits.model_id)
             await self._write(ingest_pb2.UploadRequest(model=model))
         self._credit_bytes -= size
-        frame = ingest_pb2.FrameUpload(
-            source_index=source,
-            seq=entry.name.seq,
-            model_index=self._models[bits.model_id],
-            capture_time_unix_us=entry.captured_us,
-            spooled_time_unix_us=entry.spooled_us,
-            expires_time_unix_us=entry.expires_us,
-            width=bits.width,
-            height=bits.height,
-            quality_steps=bits.quality,
-            hyper=bits.hyper,
-            latents=bits.latents,
-            symbols_crc=bits.symbols_crc,
-            payload_crc=payload_crc(bits),
-            resends=self._uplink.resends(entry.id),
-            idempotency_token=entry.token,
-        )
+        frame = to_upload(bits, source_index=source, seq=entry.name.seq, model_index=self._models[bits.model_id])
+        frame.capture_time_unix_us = entry.captured_us
+        frame.spooled_time_unix_us = entry.spooled_us
+        frame.expires_time_unix_us = entry.expires_us
+        frame.resends = self._uplink.resends(entry.id)
+        frame.idempotency_token = entry.token
         await self._write(ingest_pb2.UploadRequest(frame=frame))
         self._uplink.on_sent(size)
 

@@ -35,10 +35,10 @@ from cloud.service import DetectionService
 from cloud.settings import CloudSettings
 from cloud.tasks.types import Detections, TaskKind
 from shared import tracing
-from shared.codec import bitstream as bits
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream, Frame
 from shared.quarantine import QuarantineService
+from shared.rpc.frames import to_upload
 from shared.rpc.server import Server
 
 EPOCH = 0xFEDCBA9876543210
@@ -295,19 +295,10 @@ class Edge:
         await self.send_without_credit(camera, seq, coded, **changes)
 
     async def send_without_credit(self, camera: str, seq: int, coded: Bitstream, **changes: Any) -> None:
-        fields: dict[str, Any] = {
-            "source_index": await self.camera(camera),
-            "seq": seq,
-            "capture_time_unix_us": 1_700_000_000_000_000,
-            "width": coded.width,
-            "height": coded.height,
-            "quality_steps": coded.quality,
-            "hyper": coded.hyper,
-            "latents": coded.latents,
-            "symbols_crc": coded.symbols_crc,
-            "payload_crc": bits.payload_crc(coded),
-        }
-        frame = ingest_pb2.FrameUpload(**(fields | changes))
+        frame = to_upload(coded, source_index=await self.camera(camera), seq=seq, model_index=0)
+        frame.capture_time_unix_us = 1_700_000_000_000_000
+        for field, value in changes.items():
+            setattr(frame, field, value)
         self.frames -= 1
         self.bytes -= len(frame.hyper) + len(frame.latents)
         await self.call.write(ingest_pb2.UploadRequest(frame=frame))

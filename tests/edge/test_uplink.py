@@ -27,6 +27,7 @@ from edge.uplink import Uplink, pause_s
 from shared.codec.bitstream import payload_crc
 from shared.codec.types import Bitstream
 from shared.errors import InvalidSettings
+from shared.rpc.frames import from_upload
 from shared.rpc.tls import open_channel
 
 MODEL, OTHER_MODEL = "ab" * 32, "cd" * 32
@@ -112,7 +113,8 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
             size = 0
             if kind == "frame":
                 self._check(message.model_index in models, "unknown model index")
-                self._check(message.payload_crc == payload_crc(bits(message, models)), "payload CRC")
+                coded = from_upload(message, models[message.model_index])
+                self._check(message.payload_crc == payload_crc(coded), "payload CRC")
                 self.frames.append((name, message))
                 carried.append(message.seq)
                 size = len(message.hyper) + len(message.latents)
@@ -137,18 +139,6 @@ class Cloud(ingest_pb2_grpc.IngestServiceServicer):
     def _check(self, good: bool, what: str) -> None:
         if not good:
             self.faults.append(what)
-
-
-def bits(frame: ingest_pb2.FrameUpload, models: dict[int, str]) -> Bitstream:
-    return Bitstream(
-        models[frame.model_index],
-        frame.quality_steps,
-        frame.height,
-        frame.width,
-        frame.hyper,
-        frame.latents,
-        frame.symbols_crc,
-    )
 
 
 def grant(frames: int, size: int) -> ingest_pb2.UploadResponse:
@@ -258,7 +248,7 @@ async def test_frames_arrive_whole_in_order_and_leave_the_spool(path: Path) -> N
     assert [name for name, _ in cloud.frames] == names
     for number, (_, frame) in enumerate(cloud.frames):
         made = draft(number)
-        assert bits(frame, {0: MODEL}) == made.bitstream
+        assert from_upload(frame, MODEL) == made.bitstream
         assert (frame.capture_time_unix_us, frame.idempotency_token) == (made.captured_us, made.token)
         assert abs(frame.spooled_time_unix_us - wall_clock_us()) < 60_000_000
         assert frame.resends == 0
