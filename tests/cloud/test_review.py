@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from sightline.v1 import common_pb2, detection_pb2, ingest_pb2
 
+from cloud.detections.log import FrameName
 from shared.codec.bitstream import to_bytes
 from shared.codec.codec import Codec
 from shared.codec.types import Bitstream
@@ -49,6 +50,9 @@ async def keeper(cloud: RunningCloud) -> AsyncIterator[Edge]:
 async def test_the_picture_is_what_the_networks_saw(cloud: RunningCloud, spot: Bitstream, codec: Codec) -> None:
     async with cloud.edge() as edge:
         await edge.deliver("gate", 1, spot)
+    async with asyncio.timeout(30):
+        while await cloud.kept.find(FrameName("gate", EPOCH, 1)) is None:  # the writer has a thread of its own
+            pass
     seen = await review(cloud, 1)
     rgb = np.asarray(Image.open(io.BytesIO(seen.image_png)))
     assert np.abs(rgb.astype(int) - codec.decode(spot).rgb).max() <= 1
