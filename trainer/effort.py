@@ -41,7 +41,8 @@ LEAST_LIKELIHOOD = 2.0**-30
 
 def recipe(steps: int) -> str:
     """Whatever decides the outcome beside codec, network and picture: a name to keep results by."""
-    return f"steps={steps}|rate={RATE}|averaged={AVERAGED}|temperature={TEMPERATURE}|cooling={COOLING}"
+    descent = f"rate={RATE}|averaged={AVERAGED}|longest={LONGEST}"
+    return f"steps={steps}|{descent}|temperature={TEMPERATURE}|cooling={COOLING}"
 
 
 @dataclass(frozen=True, slots=True)
