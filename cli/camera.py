@@ -226,7 +226,8 @@ def print_receipt(grab: "Grab", receipt: "Receipt") -> None:
         "bits_per_pixel": round(receipt.bits_per_pixel, 5),
         "edge_ms": round(receipt.timings.total_ms, 2),
     }
-    print(json.dumps(line), flush=True)
+    # in one write, end of line included: several threads send
+    print(f"{json.dumps(line)}\n", end="", flush=True)
 
 
 def read_size(text: str) -> tuple[int, int]:
