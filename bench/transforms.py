@@ -46,7 +46,7 @@ def _compare(report: Report, codec: Codec, peer: torch.nn.Module, height: int, w
     ours = {
         "g_a": lambda: codec.g_a(x.to(codec.dtype)),
         "h_a": lambda: codec.h_a(y.to(codec.dtype)),
-        "h_s": lambda: codec.h_s(z_hat, [4 * 256], (hy, wy)),
+        "h_s": lambda: codec.h_s.prior(z_hat, [4 * 256], (hy, wy)).coding(),
         "g_s": lambda: codec.g_s(y.to(codec.dtype, memory_format=torch.channels_last)),
     }
     theirs = {
@@ -64,7 +64,8 @@ def _compare(report: Report, codec: Codec, peer: torch.nn.Module, height: int, w
         in_floats = (str(codec.dtype).removeprefix("torch."), found["floats"])
         report.add(f"g_a in bytes {size_name((height, width))}", found["bytes"], "ms", peer=in_floats)
     if codec.h_s.parameters.context:
-        prior, symbols = codec.h_s.prior(z_hat, [4 * 256], (hy, wy)), y.round().to(torch.int32)
+        prior = codec.h_s.prior(z_hat, [4 * 256], (hy, wy))
+        symbols = y.round().to(torch.int32).permute(0, 2, 3, 1).contiguous()
         found = in_turns({"ours": lambda: codec.h_s.given(prior, symbols)}, rounds)
         report.add(f"context model {size_name((height, width))}", found["ours"], "ms")
 

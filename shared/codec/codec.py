@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from shared.codec import bitstream as bits
 from shared.codec import rans
 from shared.codec.bundle import FULL_SIZE, SCALE_STEPS, SCALE_TENSOR, Bundle, load_bundle
 from shared.codec.eight_bit import EightBitAnalysis, has_byte_convolution
+from shared.codec.elementwise import rounded
 from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis, first_pass
+from shared.codec.integers import has_int8_matmul, is_compiled_for, rows_of
 from shared.codec.tables import EntropyTables
 from shared.codec.transforms import (
     STRIDE_Y,
@@ -91,8 +93,7 @@ class Codec:
         self.h_a = self._transform("h_a", HyperAnalysisTransform(arch))
         self.g_s = self._transform("g_s", SynthesisTransform(arch))
         self.h_s = HyperSynthesis(IntegerHyperSynthesis.from_arrays(bundle.arrays), self.device)
-        self._log_gain = torch.from_numpy(bundle.arrays["gain.log"].astype(np.float32)).to(self.device)
-        self._log_inverse_gain = torch.from_numpy(bundle.arrays["gain.log_inverse"].astype(np.float32)).to(self.device)
+        self._gain, self._inverse_gain = self._gains("gain.log"), self._gains("gain.log_inverse")
         self._scales = np.asarray(bundle.arrays.get(SCALE_TENSOR, FULL_SIZE), np.int64)
         self.tables_y = EntropyTables.from_arrays(bundle.arrays, "tables.y")
         self.tables_z = EntropyTables.from_arrays(bundle.arrays, "tables.z")
@@ -155,8 +156,7 @@ class Codec:
     def reconstruct_unquantised(self, frame: Frame, quality: float = 8.0) -> Frame:
         """g_s(g_a(x)) with neither rounding nor coding: the control that shows what quantisation costs."""
         steps = quality_to_steps(quality)
-        level = torch.tensor([steps], device=self.device)
-        gain = interpolate_levels(self._log_gain, level) * interpolate_levels(self._log_inverse_gain, level)
+        gain = self._gain(steps) * self._inverse_gain(steps)
         size = (frame.height, frame.width)
         return self._synthesise_group(self.latents([frame], steps) * gain, size, self.coded_size(*size, steps))[0]
 
@@ -221,8 +221,8 @@ class Codec:
         for group in _groups([(s.height, s.width, self.scale(s.quality)) for s in symbols]):
             members = [symbols[i] for i in group]
             y_hat = torch.from_numpy(np.stack([s.y_hat for s in members])).to(self.device)
-            steps = torch.tensor([s.quality for s in members], device=self.device)
-            scaled = y_hat.float().mul_(1 / MEAN_STEPS).mul_(interpolate_levels(self._log_inverse_gain, steps))
+            inverse = torch.cat([self._inverse_gain(s.quality) for s in members])
+            scaled = y_hat.float().mul_(1 / MEAN_STEPS).mul_(inverse)
             size = (members[0].height, members[0].width)
             coded = self.coded_size(*size, members[0].quality)
             for i, frame in zip(group, self._synthesise_group(scaled, size, coded), strict=True):
@@ -262,17 +262,17 @@ class Codec:
         prior = self.h_s.prior(torch.from_numpy(z_hat)[None], [bitstream.quality], (shape[1], shape[2]))
         means, indexes = prior.coding()
         if not self.h_s.parameters.context:
-            coded_by = indexes[0].cpu().numpy()
+            coded_by = _channels_first(indexes)[0]
             flat = rans.decode(bitstream.latents, coded_by.ravel(), self.tables_y, self.bundle.skip_below)
-            return _checked(flat.reshape(shape)), means[0].cpu().numpy(), coded_by
+            return _checked(flat.reshape(shape)), _channels_first(means)[0], coded_by
         symbols = np.zeros(shape, np.int32)
         decoder = rans.PassDecoder(bitstream.latents, self.tables_y, self.bundle.skip_below)
         first, second = _passes(shape)
-        symbols.reshape(-1)[first] = decoder.first(indexes[0].cpu().numpy().ravel()[first])
-        means, indexes = self.h_s.given(prior, torch.from_numpy(_checked(symbols))[None])
-        coded_by = indexes[0].cpu().numpy()
+        symbols.reshape(-1)[first] = decoder.first(_channels_first(indexes)[0].ravel()[first])
+        means, indexes = self.h_s.given(prior, torch.from_numpy(_checked(symbols))[None].permute(0, 2, 3, 1))
+        coded_by = _channels_first(indexes)[0]
         symbols.reshape(-1)[second] = decoder.second(coded_by.ravel()[second])
-        return _checked(symbols), means[0].cpu().numpy(), coded_by
+        return _checked(symbols), _channels_first(means)[0], coded_by
 
     def _transform(self, name: str, module: _Transform) -> _Transform:
         prefix = name + "."
@@ -290,9 +290,18 @@ class Codec:
         module.body.to(self.dtype)
         return module
 
+    def _gains(self, name: str) -> Callable[[int], Tensor]:
+        """What multiplies latents at a quality in 1/256 steps, float32 [1, M, 1, 1]; each is worked out once."""
+        logarithms = torch.from_numpy(self.bundle.arrays[name].astype(np.float32)).to(self.device)
+        return functools.cache(lambda quality: interpolate_levels(logarithms, torch.tensor([quality]).to(self.device)))
+
     def _in_bytes(self) -> EightBitAnalysis | None:
         ranges = self.bundle.info.get("ranges")
-        if not isinstance(ranges, dict) or self.device.type != "cpu" or not has_byte_convolution():
+        if (
+            not isinstance(ranges, dict)
+            or self.device.type != "cpu"
+            or not (has_byte_convolution() and has_int8_matmul())
+        ):
             return None
         return EightBitAnalysis(self.g_a, ranges.get("g_a", ()))
 
@@ -315,23 +324,23 @@ class Codec:
 
         def band(top: int, bottom: int) -> Tensor:
             part = rgb[:, :, top * STRIDE_Y : bottom * STRIDE_Y]
+            if self.g_a_in_bytes is not None:
+                return self.g_a_in_bytes(part)
             missing = ((bottom - top) * STRIDE_Y - part.shape[2], shape[2] * STRIDE_Y - coded[1])
             if any(missing):
                 part = _replicate(part, bottom=missing[0], right=missing[1])
-            if self.g_a_in_bytes is not None:
-                return self.g_a_in_bytes(part)
             y: Tensor = self.g_a(part.to(self.dtype).div_(255))
             return y
 
         y = _in_bands(band, shape[1], shape[2], lambda part, skip, rows: part[:, :, skip : skip + rows])
-        if not bool(torch.isfinite(y).all()):
+        if not bool(torch.isfinite(y.sum())):  # which any of them would spoil
             raise NumericalError("g_a gave NaN or infinity; expected finite latents")
         return y
 
     @torch.no_grad()
     def quantise(self, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
         """Latents to symbols, each frame at its own quality in 1/256 steps. Raises NumericalError."""
-        y = y * interpolate_levels(self._log_gain, torch.tensor(qualities, device=self.device))
+        y = y * torch.cat([self._gain(quality) for quality in qualities])
         z_hat = self.h_a(y.to(self.dtype)).round_().to(torch.int32, memory_format=torch.contiguous_format)
         return self.quantise_given(z_hat, y, qualities, frames)
 
@@ -339,23 +348,29 @@ class Codec:
     def quantise_given(self, z_hat: Tensor, y: Tensor, qualities: list[int], frames: Sequence[Frame]) -> list[Symbols]:
         """Scaled latents to symbols under these hyper-latents, int32 [B, Z, hz, wz]. Raises NumericalError."""
         prior = self.h_s.prior(z_hat, qualities, (y.shape[2], y.shape[3]))
+        y = y.permute(0, 2, 3, 1)
         means, indexes = prior.coding()
         symbols = self._symbols(y, means, indexes)
         if self.h_s.parameters.context:
             means, indexes = self.h_s.given(prior, symbols)
             symbols = self._symbols(y, means, indexes)
-        each = zip(
-            *(column.cpu().numpy() for column in (z_hat, symbols, means, indexes)), qualities, frames, strict=True
-        )
+        coded = (z_hat.cpu().numpy(), *(_channels_first(column) for column in (symbols, means, indexes)))
+        each = zip(*coded, qualities, frames, strict=True)
         return [Symbols(z, s, m, i, quality, frame.height, frame.width) for z, s, m, i, quality, frame in each]
 
     def _symbols(self, y: Tensor, means: Tensor, indexes: Tensor) -> Tensor:
-        residual = (y - means.to(torch.float32) * (1 / MEAN_STEPS)).round_()
-        if float(residual.abs().max()) >= SYMBOL_MAX:
-            raise NumericalError(f"a latent is {float(residual.abs().max())} steps from its mean; expected < 2^24")
-        symbols = residual.to(torch.int32, memory_format=torch.contiguous_format)
-        if self.bundle.skip_below:
+        """All [B, hy, wy, M]."""
+        if is_compiled_for(self.device):
+            symbols = torch.empty(y.shape, dtype=torch.int32)
+            codes = (rows_of(column) for column in (y, means, indexes))
+            largest = rounded(*codes, 1 / MEAN_STEPS, self.bundle.skip_below, SYMBOL_MAX, rows_of(symbols))
+        else:
+            residual = (y - means.to(torch.float32) * (1 / MEAN_STEPS)).round_()
+            symbols = residual.clamp_(-SYMBOL_MAX, SYMBOL_MAX).to(torch.int32)
             symbols.masked_fill_(indexes < self.bundle.skip_below, 0)
+            largest = int(symbols.abs().max())
+        if largest >= SYMBOL_MAX:
+            raise NumericalError(f"a latent is {SYMBOL_MAX} steps or more from its mean; expected fewer")
         return symbols
 
     @torch.no_grad()
@@ -425,6 +440,13 @@ def _passes(shape: tuple[int, int, int]) -> tuple[NDArray[np.intp], NDArray[np.i
     """Which of the latents, flat, are of the first pass, and which of the second."""
     first = first_pass(*shape).ravel()
     return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+def _channels_first(a: Tensor) -> NDArray[Any]:
+    """[B, hy, wy, M] as an array [B, M, hy, wy] in that order."""
+    batch, height, width, channels = a.shape
+    moved: NDArray[Any] = a.reshape(batch, -1, channels).transpose(1, 2).contiguous().cpu().numpy()
+    return moved.reshape(batch, channels, height, width)
 
 
 def _checked(symbols: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -3,7 +3,7 @@
 Pictures are bytes already; activations become bytes too, those after a ReLU in [0, 255] and the others around 128, each
 tensor with one scale; weights are bytes with a scale for each output channel, and sums are exact. The scales come from
 the largest activations on real pictures (`ranges`), which a bundle's manifest has as `ranges`; what is larger is
-clipped. The short cut from pixels to latents stays in float32, and so does the sum of both.
+clipped. The short cut from pixels to latents has two bytes a weight; it and the last layer give float32.
 
 A decoder sees of this only other latents, off by 0.002 squared steps of the finest quality, to which rounding them to
 integers adds forty times that (docs/architecture.md).
@@ -13,16 +13,19 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.codec.transforms import AnalysisTransform, ResidualBlock
+from shared.codec.elementwise import add_scaled, unshuffled
+from shared.codec.transforms import STRIDE_Y, AnalysisTransform, ResidualBlock
 from shared.errors import InvalidBundle
 
 MARGIN = 1.25  # how much larger activations may become than on the pictures that were measured
 ZERO = 128  # the byte that stands for 0 in tensors of both signs
 UNSHUFFLE = 4  # pixels a side that become channels
+USUAL = 64  # positions a side for which weights are laid out; for other sizes it is as good, or nearly
 
 _Role = Literal["relu", "plain", "added", "out"]
 
@@ -55,30 +58,30 @@ class EightBitAnalysis:
         numbers = [value for value in largest if isinstance(value, float | int) and 0 < value < float("inf")]
         if not len(numbers) == len(largest) == len(layers) - 1:
             raise InvalidBundle(f"ranges of g_a: expected {len(layers) - 1} positive numbers, got {list(largest)}")
-        self._short = g_a.short
         self._layers: list[tuple[_ByteConv, _Role]] = []
-        given = kept = _Scale(1 / 255, ZERO)  # pixels, which are 128/255 less than they were
+        given = kept = _PIXELS
         for (conv, role), top in zip(layers, [*largest, None], strict=True):
             weight, bias = conv.weight.detach().float(), _bias(conv)
             if not self._layers:
-                bias = bias + (ZERO / 255 - 0.5) * weight.sum((1, 2, 3))  # g_a takes 0.5 off
+                bias = bias + _ON_PIXELS * weight.sum((1, 2, 3))
                 shape = (len(weight), 3, UNSHUFFLE, UNSHUFFLE, *weight.shape[2:])
                 weight = weight.reshape(shape).permute(0, 2, 3, 1, 4, 5).flatten(1, 3)
             made = None if top is None else _Scale(MARGIN * top / 255, 0) if role == "relu" else _both_signs(top)
-            self._layers.append((_ByteConv(conv, weight, bias, given, made, kept if role == "added" else None), role))
+            added = kept if role == "added" else None
+            self._layers.append((_ByteConv(weight, bias, conv.stride[0], given, made, added), role))
             kept = given
             given = made or given
+        self._short = _ShortCut(g_a.short)
 
     def __call__(self, rgb: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W], sides multiples of 16 -> y float32 [B, M, H/16, W/16]."""
-        x = kept = _unshuffled(rgb)
+        """uint8 [B, 3, H, W] -> y float32 [B, M, H/16, W/16], rounded up: the last row and column are repeated."""
+        x = kept = pixels = _unshuffled(rgb)
         for conv, role in self._layers:
             if role == "relu":
                 kept, x = x, conv(x)
             else:
                 x = conv(x, kept) if role == "added" else conv(x)
-        short: Tensor = self._short(rgb.float().div_(255).sub_(0.5))
-        return x.add_(short)
+        return self._short.added_to(x, pixels)
 
 
 class _Scale:
@@ -88,23 +91,39 @@ class _Scale:
         self.step, self.zero = step, zero
 
 
+_PIXELS = _Scale(1 / 255, ZERO)  # which are 128/255 less than they were
+_ON_PIXELS = ZERO / 255 - 0.5  # to be added, for g_a takes 0.5 off
+
+
 def _both_signs(top: float) -> _Scale:
     return _Scale(MARGIN * top / (ZERO - 1), ZERO)
 
 
 class _ByteConv:
-    """A convolution of bytes. `made`: of what comes out, None for float32. `added`: of what it is added to."""
+    """A convolution of bytes. `made`: of what comes out, None for float32. `added`: of what it is added to.
+
+    Windows of an odd side are padded to either side, those of an even one are not.
+    """
 
     def __init__(
-        self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, given: _Scale, made: _Scale | None, added: _Scale | None
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        stride: int,
+        given: _Scale,
+        made: _Scale | None = None,
+        added: _Scale | None = None,
     ) -> None:
         self.given, self.made, self.added, self.bias = given, made, added, bias
         self.relu = "relu" if made is not None and made.zero == 0 else "none"
-        self.window = ([conv.stride[0]] * 2, [conv.kernel_size[0] // 2] * 2, [1, 1], 1)
-        self.steps = (weight.abs().amax((1, 2, 3)) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        side = weight.shape[2]
+        self.window = ([stride] * 2, [side // 2 if side % 2 else 0] * 2, [1, 1], 1)
+        self.steps = _steps(weight)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
         whole = (weight / self.steps[:, None, None, None]).round_().to(torch.int8)
-        self.weight = torch.ops.onednn.qconv_prepack(whole, self.steps, given.step, given.zero, *self.window, None)
+        # laid out for no size at all, some weights are put in another order again with every picture
+        usual = [1, weight.shape[1], USUAL, USUAL]
+        self.weight = torch.ops.onednn.qconv_prepack(whole, self.steps, given.step, given.zero, *self.window, usual)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """uint8 -> uint8, or float32 from the last one. `onto` is overwritten with the sum, and returned."""
@@ -118,6 +137,37 @@ class _ByteConv:
             added = (self.added.step, self.added.zero)
             out = run.binary(*operands, onto, self.bias, *self.window, *made, *added, "sum", 1.0, None, [], "")
         return out
+
+
+class _ShortCut:
+    """The short cut from pixels to latents, a matmul, with two bytes a weight: the second has what the first leaves."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        side = conv.kernel_size[0] // UNSHUFFLE
+        shape = (conv.out_channels, 3, side, UNSHUFFLE, side, UNSHUFFLE)
+        weight = conv.weight.detach().float().reshape(shape).permute(0, 2, 4, 3, 5, 1).flatten(1)
+        coarse = _steps(weight)
+        rest = weight - (weight / coarse[:, None]).round_() * coarse[:, None]
+        both, steps = torch.cat([weight, rest]), torch.cat([coarse, _steps(rest)])
+        self.side = side
+        self.weight = (both / steps[:, None]).round_().to(torch.int8).t().contiguous()
+        self.steps = (steps * _PIXELS.step).numpy()
+        self.bias = (_bias(conv) + _ON_PIXELS * weight.sum(1)).numpy()
+
+    def added_to(self, y: Tensor, pixels: Tensor) -> Tensor:
+        """`y` [B, M, h, w] plus what comes of unshuffled pixels [B, 48, side h, side w]."""
+        batch, channels, height, width = y.shape
+        rows = pixels.permute(0, 2, 3, 1).reshape(batch, height, self.side, width, self.side * pixels.shape[1])
+        flat = rows.transpose(2, 3).reshape(batch * height * width, -1)
+        sums = torch._int_mm(flat.bitwise_xor(ZERO).view(torch.int8), self.weight)
+        made = y.permute(0, 2, 3, 1).contiguous()
+        add_scaled(sums.numpy(), self.steps, self.bias, made.numpy().reshape(-1, channels))
+        return made.permute(0, 3, 1, 2)
+
+
+def _steps(weight: Tensor) -> Tensor:
+    """What one in a byte stands for, for each output."""
+    return (weight.abs().flatten(1).amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _layers(g_a: AnalysisTransform) -> Iterator[tuple[nn.Conv2d, _Role]]:
@@ -137,11 +187,12 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def _unshuffled(rgb: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, 48, H/4, W/4] channels last, ordered by row, column, colour: 12 bytes are copied at once."""
+    """uint8 [B, 3, h, w] -> [B, 48, H/4, W/4] channels last, by row, column and colour; H and W multiples of 16."""
     batch, _, height, width = rgb.shape
-    rows = rgb.permute(0, 2, 3, 1).reshape(batch, height // UNSHUFFLE, UNSHUFFLE, width // UNSHUFFLE, 3 * UNSHUFFLE)
-    blocks = rows.transpose(2, 3).reshape(batch, height // UNSHUFFLE, width // UNSHUFFLE, 3 * UNSHUFFLE**2)
-    return blocks.permute(0, 3, 1, 2)
+    rows, columns = (STRIDE_Y // UNSHUFFLE * -(-side // STRIDE_Y) for side in (height, width))
+    blocks = np.empty((batch, rows, columns, 3 * UNSHUFFLE**2), np.uint8)
+    unshuffled(rgb.permute(0, 2, 3, 1).contiguous().numpy(), UNSHUFFLE, blocks)
+    return torch.from_numpy(blocks).permute(0, 3, 1, 2)
 
 
 @functools.cache
@@ -154,11 +205,9 @@ def has_byte_convolution() -> bool:
         return False
     x = torch.full((1, 48, 5, 7), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     for value in (127.0, -127.0):
-        conv = nn.Conv2d(48, 16, 3, padding=1, bias=False)
-        nn.init.constant_(conv.weight, value)
-        weight = conv.weight.detach()
+        weight = torch.full((16, 48, 3, 3), value)
         try:
-            made = _ByteConv(conv, weight, torch.zeros(16), _Scale(1.0, 0), None, None)(x)
+            made = _ByteConv(weight, torch.zeros(16), 1, _Scale(1.0, 0))(x)
         except (RuntimeError, TypeError):  # a torch of other arguments
             return False
         if not torch.equal(made, F.conv2d(x.double(), weight.double(), padding=1).float()):

@@ -44,7 +44,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.codec.integers import SHIFTED, IntegerMatmul, Requantiser, shuffled
+from shared.codec.elementwise import coding, known
+from shared.codec.integers import SHIFTED, IntegerMatmul, Requantiser, is_compiled_for, rows_of, shuffled
 from shared.codec.types import at_quality
 from shared.errors import InvalidBundle
 
@@ -142,18 +143,39 @@ def first_pass(channels: int, height: int, width: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """What h_s says before a latent is known. Integers, channels last.
+    """What h_s says before a latent is known.
 
-    `parameters`: int32 [B, hy, wy, 2 M], means and scale indexes, these not yet clamped. `context`: int32 [B, hy, wy,
-    c], what the context model adds to; no channels where there is none.
+    `parameters`: int32 [B, hy, wy, 2 M + c], means and scale indexes, these not yet clamped, and what the context model
+    adds to (c is 0 where there is none). `latents`: M.
     """
 
     parameters: Tensor
-    context: Tensor
+    latents: int
 
-    def coding(self) -> tuple[Tensor, Tensor]:
-        """Means int32 [B, M, hy, wy] in 1/16 steps, and scale indexes uint8 [B, M, hy, wy]."""
-        return _coding(self.parameters)
+    def coding(self, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Means int32 [B, hy, wy, M] in 1/16 steps, and scale indexes uint8 [B, hy, wy, M].
+
+        `more`: int32 [B, hy, wy, 2 M], added for latents of the second pass.
+        """
+        shape, device = (*self.parameters.shape[:3], self.latents), self.parameters.device
+        if is_compiled_for(device):
+            means, indexes = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.uint8)
+            nothing = np.empty((shape[0], 0, 2 * self.latents), np.int32)
+            coding(
+                rows_of(self.parameters),
+                nothing if more is None else rows_of(more),
+                shape[2],
+                SCALE_COUNT - 1,
+                rows_of(means),
+                rows_of(indexes),
+            )
+            return means, indexes
+        parameters = self.parameters[..., : 2 * self.latents]
+        if more is not None:
+            first = _first_pass(shape[1:], device)
+            parameters = parameters + more * (1 - torch.cat([first, first], dim=2))
+        means, indexes = parameters.chunk(2, dim=3)
+        return means, indexes.clamp(0, SCALE_COUNT - 1).to(torch.uint8)
 
 
 class HyperSynthesis:
@@ -169,10 +191,7 @@ class HyperSynthesis:
             over_known, after = parameters.context.layers
             self._over_known, self._after = _Layer(over_known, 0, self.device), _Layer(after, -SHIFTED, self.device)
             self._outputs -= len(over_known.weight)
-
-    def __call__(self, z_hat: Tensor, qualities: list[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """`prior(...).coding()`: all that is to be known without a context model."""
-        return self.prior(z_hat, qualities, size).coding()
+        self._level_bias = functools.cache(functools.partial(at_quality, parameters.level_bias))
 
     @torch.no_grad()
     def prior(self, z_hat: Tensor, qualities: list[int], size: tuple[int, int]) -> Prior:
@@ -180,37 +199,47 @@ class HyperSynthesis:
 
         `z_hat`: int32 [B, Z, hz, wz]; `qualities`: B integers in 1/256 steps; `size`: (hy, wy), at most 4x z's.
         """
-        level = np.stack([at_quality(self.parameters.level_bias, quality) for quality in qualities])
+        level = np.stack([self._level_bias(quality) for quality in qualities])
         one, two, three = self._layers
         with torch.autocast(self.device.type, enabled=False):
             a = z_hat.to(self.device).clamp(-Z_MAX, Z_MAX).to(torch.int8).permute(0, 2, 3, 1)
             a = shuffled(one(a, top=self.parameters.act_max[0], more=level))
             a = shuffled(two(a, top=self.parameters.act_max[1]))
-            out = three(a[:, : size[0], : size[1]])
-        return Prior(out[..., : self._outputs], out[..., self._outputs :])
+            return Prior(three(a[:, : size[0], : size[1]]), self._outputs // 2)
 
     @torch.no_grad()
     def given(self, prior: Prior, symbols: Tensor) -> tuple[Tensor, Tensor]:
         """What codes the latents once the first pass is known.
 
-        `symbols`: int32 [B, M, hy, wy] on any device; those that are not of the first pass are not looked at. Returns
+        `symbols`: int32 [B, hy, wy, M] on any device; those that are not of the first pass are not looked at. Returns
         means and scale indexes of both passes, as `Prior.coding` does.
         """
         if self.parameters.context is None:
             raise ValueError("expected a bundle with a context model, this one codes all latents in one pass")
-        first = _first_pass(tuple(symbols.shape[1:]), self.device)
-        known = symbols.to(self.device).clamp(-KNOWN_TOP, KNOWN_TOP).to(torch.int8).permute(0, 2, 3, 1) * first
         with torch.autocast(self.device.type, enabled=False):
-            a = (prior.context + self._over_known(known)).clamp_(0, self.parameters.context.act_max)
-            more = self._after((a - SHIFTED).to(torch.int8))
-        more *= 1 - torch.cat([first, first], dim=2)
-        return _coding(more.add_(prior.parameters))
+            a = self._over_known(
+                self._known(symbols.to(self.device)),
+                top=self.parameters.context.act_max,
+                onto=prior.parameters[..., self._outputs :],
+            )
+            return prior.coding(self._after(a))
+
+    def _known(self, symbols: Tensor) -> Tensor:
+        """What the context model sees of symbols [B, hy, wy, M]: int8, 0 for those of the second pass."""
+        if not is_compiled_for(self.device):
+            first = _first_pass(tuple(symbols.shape[1:]), self.device)
+            return symbols.clamp(-KNOWN_TOP, KNOWN_TOP).to(torch.int8) * first
+        seen = torch.empty(symbols.shape, dtype=torch.int8)
+        known(rows_of(symbols), symbols.shape[2], KNOWN_TOP, rows_of(seen))
+        return seen
 
 
 @functools.lru_cache(maxsize=64)
 def _first_pass(shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """`first_pass` as 0 and 1, int8 [height, width, channels]."""
-    return torch.from_numpy(first_pass(*shape).astype(np.int8)).permute(1, 2, 0).contiguous().to(device)
+    height, width, channels = shape
+    first = first_pass(channels, height, width).astype(np.int8)
+    return torch.from_numpy(first).permute(1, 2, 0).contiguous().to(device)
 
 
 class _Layer:
@@ -221,13 +250,15 @@ class _Layer:
         bias = layer.bias - pad * layer.weight.astype(np.int64).sum(axis=(1, 2, 3))
         self._requantise = Requantiser(bias, layer.multiplier, layer.shift, device)
 
-    def __call__(self, a: Tensor, *, top: int | None = None, more: NDArray[np.int64] | None = None) -> Tensor:
-        return self._requantise(self._multiply(a), top=top, more=more)
-
-
-def _coding(parameters: Tensor) -> tuple[Tensor, Tensor]:
-    means, indexes = parameters.permute(0, 3, 1, 2).chunk(2, dim=1)
-    return means.contiguous(), indexes.clamp(0, SCALE_COUNT - 1).to(torch.uint8).contiguous()
+    def __call__(
+        self,
+        a: Tensor,
+        *,
+        top: int | None = None,
+        more: NDArray[np.int64] | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        return self._requantise(self._multiply(a), top=top, more=more, onto=onto)
 
 
 def _tops(arrays: Mapping[str, NDArray[Any]], prefix: str, number: int) -> tuple[int, ...]:

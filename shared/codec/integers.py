@@ -7,6 +7,7 @@ bytes into 32-bit sums (VNNI), a convolution is an int8 matmul; elsewhere one in
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.codec.requantise import requantise
+from shared.codec.elementwise import requantise
 
 SHIFTED = 128  # what activations are kept less
 FLOAT32_EXACT = 2**24
@@ -79,26 +80,47 @@ class Requantiser:
     ) -> None:
         self.bias, self.multiplier, self.shift, self.device = bias, multiplier, shift, device
 
-    def __call__(self, sums: Tensor, *, top: int | None = None, more: NDArray[np.int64] | None = None) -> Tensor:
-        """`sums`: int32 [B, H, W, out]. `more`: int64 [B, out] added to the bias.
+    def __call__(
+        self,
+        sums: Tensor,
+        *,
+        top: int | None = None,
+        more: NDArray[np.int64] | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """`sums`: int32 [B, H, W, out]. `more`: int64 [B, out] added to the bias. `onto`: int32 as `sums`, added last.
 
         Returns activations clamped to [0, top] as they are kept, int8; or, without `top`, int32 as they are.
         """
-        batch, height, width, out = sums.shape
+        batch, _, _, out = sums.shape
         bias = np.broadcast_to(self.bias, (batch, out)) if more is None else self.bias + more
-        if self.device.type == "cpu":
-            made = np.empty((batch, height * width, out), np.int32 if top is None else np.int8)
-            flat = sums.contiguous().numpy().reshape(made.shape)
+        if is_compiled_for(self.device):
+            flat = rows_of(sums)
+            made = np.empty(flat.shape, np.int32 if top is None else np.int8)
+            added = np.empty((batch, 0, out), np.int32) if onto is None else rows_of(onto)
             low, high, off = (-(2**31), 2**31 - 1, 0) if top is None else (0, top, SHIFTED)
-            requantise(flat, np.ascontiguousarray(bias), self.multiplier, self.shift, low, high, off, made)
-            return torch.from_numpy(made.reshape(batch, height, width, out))
+            requantise(flat, np.ascontiguousarray(bias), self.multiplier, self.shift, added, low, high, off, made)
+            return torch.from_numpy(made.reshape(sums.shape))
         biases, multiplier = (torch.from_numpy(v.copy()).to(self.device) for v in (bias, self.multiplier))
         exact = (sums.to(torch.int64) + biases[:, None, None]) * multiplier + (1 << self.shift - 1) >> self.shift
+        if onto is not None:
+            exact = exact.clamp(-(2**31), 2**31 - 1).to(torch.int32) + onto
         return (
             exact.clamp(-(2**31), 2**31 - 1).to(torch.int32)
             if top is None
             else (exact.clamp(0, top) - SHIFTED).to(torch.int8)
         )
+
+
+def is_compiled_for(device: torch.device) -> bool:
+    """Whether the kernels of `shared.codec.elementwise` do the work there; elsewhere torch does the same."""
+    return device.type == "cpu"
+
+
+def rows_of(a: Tensor) -> NDArray[Any]:
+    """[B, H, W, N] as [B, H W, N], for a kernel."""
+    flat: NDArray[Any] = a.contiguous().numpy().reshape(a.shape[0], -1, a.shape[3])
+    return flat
 
 
 def shuffled(a: Tensor) -> Tensor:

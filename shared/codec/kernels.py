@@ -57,7 +57,7 @@ _NARROW_SHIFT, _WIDE_SHIFT = PRECISION - NARROW_BITS, PRECISION - WIDE_BITS
 
 # A cached kernel holds the code of those it calls, but Numba looks at the age of its own file only. So what all of them
 # are made from is part of their name.
-_NAMES = ("lanes", "kernels", "chunks", "skipping", "requantise")
+_NAMES = ("lanes", "kernels", "chunks", "skipping", "elementwise")
 _FILES = [Path(__file__).with_name(f"{name}.py") for name in _NAMES]
 _SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()[:12]
 

@@ -19,7 +19,7 @@ from shared.codec.bundle import compute_model_id
 from shared.codec.codec import Codec
 from shared.codec.hyper import CONTEXT
 from shared.codec.types import Frame, Symbols
-from shared.errors import InvalidBitstream, InvalidQuality, UnknownModel
+from shared.errors import InvalidBitstream, InvalidQuality, NumericalError, UnknownModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -47,6 +47,35 @@ def test_any_size_comes_back(codec: Codec, astronaut: Frame, width: int, height:
     back = codec.decode(bits.from_bytes(bits.to_bytes(codec.encode(frame, 8)), [codec.model_id]))
     assert (back.height, back.width) == (height, width)
     assert psnr(frame, back) > 20
+
+
+@pytest.mark.parametrize("quality", [1, 4.5, 8])
+def test_torch_quantises_as_the_kernels_do(
+    codec: Codec, astronaut: Frame, quality: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [astronaut, Frame(np.ascontiguousarray(astronaut.rgb[::-1]))]
+    by_kernels = codec.analyse(frames, quality)
+    for module in ("codec", "hyper", "integers"):
+        monkeypatch.setattr(f"shared.codec.{module}.is_compiled_for", lambda device: False)
+    for one, other in zip(by_kernels, codec.analyse(frames, quality), strict=True):
+        for column in ("z_hat", "symbols", "means", "scale_indexes"):
+            np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_latents_that_are_no_numbers_or_too_large_are_an_error(
+    codec: Codec, astronaut: Frame, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("shared.codec.codec.is_compiled_for", lambda device: False)
+    frame = crop(astronaut, 64, 64)
+    y = codec.latents([frame], 2048)
+    with pytest.raises(NumericalError, match="steps or more from its mean"):
+        codec.quantise(torch.where(y == y.max(), 1e12, y), [2048], [frame])
+    other = Codec(codec.bundle, dtype=torch.float32)
+    other.g_a.last.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        other.encode(frame)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from shared.codec import codec as codec_module
 from shared.codec import eight_bit
 from shared.codec.codec import Codec
 from shared.codec.eight_bit import EightBitAnalysis, has_byte_convolution, ranges
-from shared.codec.transforms import AnalysisTransform, Architecture, interpolate_levels
+from shared.codec.transforms import AnalysisTransform, Architecture
 from shared.codec.types import Frame
 from shared.errors import InvalidBundle
 
@@ -71,11 +71,35 @@ def test_bytes_compute_what_float64_does_with_the_numbers_they_stand_for(astrona
 
 
 @needs_vnni
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 32), (304, 16), (32, 144)])
+def test_the_short_cut_is_as_exact_as_floats_need(
+    height: int, width: int, in_floats: Codec, rng: np.random.Generator
+) -> None:
+    rgb = torch.from_numpy(rng.integers(0, 256, (2, 3, height, width), dtype=np.uint8))
+    y = torch.from_numpy(rng.normal(size=(2, in_floats.g_a.short.out_channels, height // 16, width // 16)))
+    conv = in_floats.g_a.short
+    bias = None if conv.bias is None else conv.bias.double()
+    expected = y + F.conv2d(rgb.double() / 255 - 0.5, conv.weight.double(), bias, conv.stride)
+    made = eight_bit._ShortCut(conv).added_to(y.float(), eight_bit._unshuffled(rgb))
+    # all bytes of pixels are as likely here, the worst case; a thousandth of what rounding to integers costs
+    assert float(((made - expected) * in_floats._gain(FINEST)).square().mean()) < 1e-3 / 12
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (16, 16), (15, 33), (31, 18)])
+def test_pixels_beyond_the_last_ones_repeat_them(height: int, width: int, rng: np.random.Generator) -> None:
+    rgb = torch.from_numpy(rng.integers(0, 256, (2, 3, height, width), dtype=np.uint8))
+    whole = F.pad(rgb.float(), (0, -width % 16, 0, -height % 16), mode="replicate")
+    blocks = F.pixel_unshuffle(whole, 4).reshape(2, 3, 16, *(side // 4 for side in whole.shape[2:]))
+    expected = blocks.transpose(1, 2).flatten(1, 2).to(torch.uint8)
+    assert torch.equal(eight_bit._unshuffled(rgb), expected)
+
+
+@needs_vnni
 def test_latents_are_off_by_a_twentieth_of_what_rounding_costs_at_most(
     codec: Codec, in_floats: Codec, photographs: dict[str, Frame]
 ) -> None:
     assert codec.g_a_in_bytes is not None
-    gain = interpolate_levels(codec._log_gain, torch.tensor([FINEST]))
+    gain = codec._gain(FINEST)
     for frame in photographs.values():
         off = (codec.latents([frame], FINEST) - in_floats.latents([frame], FINEST)) * gain
         assert float(off.square().mean()) < 0.05 / 12
@@ -95,7 +119,7 @@ def test_pictures_beyond_all_measured_ranges_are_clipped_and_no_more(
         rgb = (255 * rng.integers(0, 2, shape)).astype(np.uint8)
     else:
         rgb = np.full(shape, values, np.uint8)
-    frame, gain = Frame(rgb), interpolate_levels(codec._log_gain, torch.tensor([FINEST]))
+    frame, gain = Frame(rgb), codec._gain(FINEST)
     off = (codec.latents([frame], FINEST) - in_floats.latents([frame], FINEST)) * gain
     assert float(off.square().mean()) < 0.1 / 12
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.codec import integers
+from shared.codec import hyper, integers
 from shared.codec.codec import Codec
 from shared.codec.hyper import CONTEXT, HyperSynthesis, IntegerHyperSynthesis, first_pass
 from shared.errors import InvalidBundle
@@ -42,15 +42,19 @@ def random_arrays(seed: int, z: int = 8, h: int = 8, m: int = 8, context: int = 
 
 
 def run(parameters: IntegerHyperSynthesis, z_hat: np.ndarray, quality: int, size: tuple[int, int]):
-    means, indexes = HyperSynthesis(parameters)(torch.from_numpy(z_hat)[None], [quality], size)
-    return means[0].numpy(), indexes[0].numpy()
+    prior = HyperSynthesis(parameters).prior(torch.from_numpy(z_hat)[None], [quality], size)
+    return channels_first(prior.coding())
 
 
 def run_given(parameters: IntegerHyperSynthesis, z_hat: np.ndarray, quality: int, symbols: np.ndarray):
     h_s = HyperSynthesis(parameters)
     prior = h_s.prior(torch.from_numpy(z_hat)[None], [quality], symbols.shape[1:])
-    means, indexes = h_s.given(prior, torch.from_numpy(symbols)[None])
-    return means[0].numpy(), indexes[0].numpy()
+    return channels_first(h_s.given(prior, torch.from_numpy(symbols)[None].permute(0, 2, 3, 1)))
+
+
+def channels_first(coding: tuple[torch.Tensor, torch.Tensor], i: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    means, indexes = (column[i].permute(2, 0, 1).numpy() for column in coding)
+    return means, indexes
 
 
 @contextmanager
@@ -100,12 +104,21 @@ def without_int8_in_tf32() -> Iterator[None]:
 
 
 @contextmanager
+def without_kernels() -> Iterator[None]:
+    """As on a GPU, where torch does all of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (hyper, integers):
+            patch.setattr(module, "is_compiled_for", lambda device: False)
+        yield
+
+
+@contextmanager
 def plainly() -> Iterator[None]:
     yield
 
 
 @pytest.mark.parametrize(
-    "around", [plainly, autocast, tf32, bfloat16_math, one_thread, without_int8, without_int8_in_tf32]
+    "around", [plainly, autocast, tf32, bfloat16_math, one_thread, without_int8, without_int8_in_tf32, without_kernels]
 )
 def test_equals_the_reference_on_200_random_latents_whatever_is_switched_on(around: Callable, codec: Codec) -> None:
     parameters = codec.h_s.parameters
@@ -132,7 +145,9 @@ def test_equals_unbounded_integers_with_extreme_weights(seed: int) -> None:
     assert len(np.unique(indexes)) > 5, "a reference that always says the same tells nothing"
 
 
-@pytest.mark.parametrize("around", [plainly, autocast, bfloat16_math, without_int8, without_int8_in_tf32])
+@pytest.mark.parametrize(
+    "around", [plainly, autocast, bfloat16_math, without_int8, without_int8_in_tf32, without_kernels]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_second_pass_equals_unbounded_integers_with_extreme_weights(seed: int, around: Callable) -> None:
     parameters = random_parameters(seed, context=6)
@@ -186,12 +201,11 @@ def test_batch_and_bands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     parameters = random_parameters(3)
     z_hat = np.random.default_rng(3).integers(-20, 20, (3, 8, 9, 4)).astype(np.int32)
     qualities = [256, 1000, 2048]
-    means, indexes = HyperSynthesis(parameters)(torch.from_numpy(z_hat), qualities, (36, 15))
+    coding = HyperSynthesis(parameters).prior(torch.from_numpy(z_hat), qualities, (36, 15)).coding()
     monkeypatch.setattr("shared.codec.integers.BAND_BYTES", 1)
     for i, quality in enumerate(qualities):
         alone = run(parameters, z_hat[i], quality, (36, 15))
-        np.testing.assert_array_equal(means[i].numpy(), alone[0])
-        np.testing.assert_array_equal(indexes[i].numpy(), alone[1])
+        np.testing.assert_array_equal(channels_first(coding, i), alone)
 
 
 def test_batch_and_bands_change_nothing_of_the_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +215,12 @@ def test_batch_and_bands_change_nothing_of_the_second_pass(monkeypatch: pytest.M
     symbols = rng.integers(-9, 9, (3, 8, 36, 15)).astype(np.int32)
     qualities = [256, 1000, 2048]
     h_s = HyperSynthesis(parameters)
-    means, indexes = h_s.given(h_s.prior(torch.from_numpy(z_hat), qualities, (36, 15)), torch.from_numpy(symbols))
+    prior = h_s.prior(torch.from_numpy(z_hat), qualities, (36, 15))
+    coding = h_s.given(prior, torch.from_numpy(symbols).permute(0, 2, 3, 1))
     monkeypatch.setattr("shared.codec.integers.BAND_BYTES", 1)
     for i, quality in enumerate(qualities):
         alone = run_given(parameters, z_hat[i], quality, symbols[i])
-        np.testing.assert_array_equal(means[i].numpy(), alone[0])
-        np.testing.assert_array_equal(indexes[i].numpy(), alone[1])
+        np.testing.assert_array_equal(channels_first(coding, i), alone)
 
 
 def test_parameters_that_could_leave_exact_integers_are_refused() -> None:
