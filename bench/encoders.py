@@ -53,14 +53,15 @@ def measure(short: bool, say: Say) -> Report:
         "dtype": str(codec.dtype), "ffmpeg": ffmpeg_program()[1],
     }  # fmt: skip
     report = Report("encoders", "encoding beside picture encoders, ms a picture", settings)
-    ours: dict[int, Sample] = {}
+    say("sightline, a picture on each core")
+    ours = _side_by_side(codec, frames, rounds)
     for quality in QUALITIES:
         say(f"sightline, quality {quality}")
         coded = [to_bytes(each) for each in codec.encode_batch(frames, quality)]
-        found = _ours(codec, frames, quality, rounds)
-        ours[quality] = found["side by side"]
+        works = {str(i): (lambda one=one, q=quality: to_bytes(codec.encode(one, q))) for i, one in enumerate(frames)}
+        alone = sample([one.median for one in in_turns(works, rounds, warm_up=0).values()])
         report.add(f"sightline quality {quality} ({_bpp(coded, size):.2f} bpp)", ours[quality], "ms")
-        report.add(f"sightline quality {quality}, one after the other", found["one after the other"], "ms")
+        report.add(f"sightline quality {quality}, one after the other", alone, "ms")
     _pillow(report, [one.rgb for one in frames], rounds)
     rgbs = [one.rgb for one in frames]
     report.add("ffmpeg alone, to YUV", _ffmpeg(rgbs, NOTHING, "null", 0, 100, rounds)[0], "ms")
@@ -101,24 +102,22 @@ def equal_accuracy(file: Path = RESULTS) -> dict[int, str]:
     return found
 
 
-def _ours(codec: Codec, frames: Sequence[Frame], quality: int, rounds: int) -> dict[str, Sample]:
-    """Milliseconds a picture, side by side on a core each, and one after the other on all of them."""
+def _side_by_side(codec: Codec, frames: Sequence[Frame], rounds: int) -> dict[int, Sample]:
+    """Milliseconds a picture at each quality where each core has pictures of its own."""
     threads = torch.get_num_threads()
-
-    def encode(one: Frame) -> bytes:
-        return to_bytes(codec.encode(one, quality))
-
-    def side_by_side() -> None:
-        torch.set_num_threads(1)
-        try:
-            list(lanes.map(encode, frames))
-        finally:
-            torch.set_num_threads(threads)
-
-    works = {"side by side": side_by_side, "one after the other": lambda: [encode(one) for one in frames]}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as lanes:
-        found = in_turns(works, rounds)
-    return {name: took.of(lambda ms: ms / len(frames)) for name, took in found.items()}
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as lanes:
+            works = {
+                str(quality): lambda quality=quality: list(
+                    lanes.map(lambda one: to_bytes(codec.encode(one, quality)), frames)
+                )
+                for quality in QUALITIES
+            }
+            found = in_turns(works, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    return {quality: found[str(quality)].of(lambda ms: ms / len(frames)) for quality in QUALITIES}
 
 
 def _pillow(report: Report, rgbs: Sequence[Rgb], rounds: int) -> None:
