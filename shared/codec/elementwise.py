@@ -118,3 +118,24 @@ def add_scaled(sums, steps, bias, y):
         for n in range(channels):
             fine = float32(given[channels + n]) * steps[channels + n]
             made[n] += bias[n] + float32(given[n]) * steps[n] + fine
+
+
+@compiled
+def assembled(fine, coarse, out):
+    """The pixels of g_s's two parts, in bytes: 255 (fine + coarse + 0.5), rounded half to even, in [0, 255].
+
+    `fine`: float32 [B, H/4, W/4, 48], `coarse`: float32 [B, H/16, W/16, 768], channels by colour, row and column;
+    `out`: uint8 [B, h, w, 3], h <= H, w <= W.
+    """
+    top = float32(255)
+    width = out.shape[2]
+    for b in range(out.shape[0]):
+        for row in range(out.shape[1]):
+            line = out[b, row].reshape(-1)
+            for j in range((width + 3) // 4):
+                one, other = fine[b, row // 4, j], coarse[b, row // 16, j // 4]
+                for x in range(min(4, width - 4 * j)):
+                    at, other_at = row % 4 * 4 + x, row % 16 * 16 + j % 4 * 4 + x
+                    for colour in range(3):
+                        value = one[16 * colour + at] + other[256 * colour + other_at] + float32(0.5)
+                        line[3 * (4 * j + x) + colour] = uint8(min(max(np.rint(value * top), float32(0)), top))

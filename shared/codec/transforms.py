@@ -62,12 +62,12 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class _Float32Conv(nn.Conv2d):
-    """A convolution that stays in float32 under autocast and after the module around it was cast."""
+class _OwnTypeConv(nn.Conv2d):
+    """A convolution in the number type of its weights, under autocast and whatever the module before it gives."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 def _start_at_unit_gain(body: nn.Sequential) -> None:
@@ -97,8 +97,8 @@ class AnalysisTransform(nn.Module):
             ResidualBlock(arch.c16),
         )
         _start_at_unit_gain(self.body)
-        self.last = _Float32Conv(arch.c16, arch.m, 3, padding=1)
-        self.short = _Float32Conv(3, arch.m, STRIDE_Y, stride=STRIDE_Y)
+        self.last = _OwnTypeConv(arch.c16, arch.m, 3, padding=1)
+        self.short = _OwnTypeConv(3, arch.m, STRIDE_Y, stride=STRIDE_Y)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - 0.5
@@ -123,12 +123,18 @@ class SynthesisTransform(nn.Module):
             ResidualBlock(arch.c4),
         )
         _start_at_unit_gain(self.body)
-        self.last = _Float32Conv(arch.c4, 48, 3, padding=1)
-        self.short = _Float32Conv(arch.m, 3 * STRIDE_Y * STRIDE_Y, 1)
+        self.last = _OwnTypeConv(arch.c4, 48, 3, padding=1)
+        self.short = _OwnTypeConv(arch.m, 3 * STRIDE_Y * STRIDE_Y, 1)
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        fine = F.pixel_shuffle(self.last(self.body(y_hat)), 4)
-        return fine + F.pixel_shuffle(self.short(y_hat), STRIDE_Y) + 0.5
+        fine, coarse = self.parts(y_hat)
+        return F.pixel_shuffle(fine, 4) + F.pixel_shuffle(coarse, STRIDE_Y) + 0.5
+
+    def parts(self, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """What x_hat is the sum of, pixels as channels: float32 [B, 48, 4 h, 4 w] and [B, 768, h, w]."""
+        fine: Tensor = self.last(self.body(y_hat))
+        coarse: Tensor = self.short(y_hat)
+        return fine.float(), coarse.float()
 
 
 class HyperAnalysisTransform(nn.Module):
@@ -142,7 +148,7 @@ class HyperAnalysisTransform(nn.Module):
             nn.Conv2d(arch.h, arch.h, 3, stride=2, padding=1),
             nn.ReLU(),
         )
-        self.last = _Float32Conv(arch.h, arch.z, 3, stride=2, padding=1)
+        self.last = _OwnTypeConv(arch.h, arch.z, 3, stride=2, padding=1)
 
     def forward(self, y: Tensor) -> Tensor:
         z: Tensor = self.last(self.body(y))

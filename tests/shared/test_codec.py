@@ -62,6 +62,18 @@ def test_torch_quantises_as_the_kernels_do(
             np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
 
 
+@pytest.mark.parametrize(("quality", "squared"), [(1, 0.5), (4.5, 0.5), (8, 0)])
+def test_torch_makes_the_same_pixels(
+    codec: Codec, astronaut: Frame, quality: float, squared: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [codec.encode(frame, quality) for frame in (astronaut, crop(astronaut, 203, 311))]
+    by_kernels = codec.decode_batch(streams)
+    monkeypatch.setattr("shared.codec.codec.is_compiled_for", lambda device: False)
+    for one, other in zip(by_kernels, codec.decode_batch(streams), strict=True):
+        # quality 8 is coded at full size; elsewhere rounding comes before enlarging, not after
+        assert np.square(one.rgb.astype(float) - other.rgb).mean() <= squared
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_latents_that_are_no_numbers_or_too_large_are_an_error(
     codec: Codec, astronaut: Frame, compiled: bool, monkeypatch: pytest.MonkeyPatch
