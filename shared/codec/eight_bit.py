@@ -100,10 +100,7 @@ def _both_signs(top: float) -> _Scale:
 
 
 class _ByteConv:
-    """A convolution of bytes. `made`: of what comes out, None for float32. `added`: of what it is added to.
-
-    Windows of an odd side are padded to either side, those of an even one are not.
-    """
+    """A convolution of bytes. `made`: of what comes out, None for float32. `added`: of what it is added to."""
 
     def __init__(
         self,
@@ -116,8 +113,7 @@ class _ByteConv:
     ) -> None:
         self.given, self.made, self.added, self.bias = given, made, added, bias
         self.relu = "relu" if made is not None and made.zero == 0 else "none"
-        side = weight.shape[2]
-        self.window = ([stride] * 2, [side // 2 if side % 2 else 0] * 2, [1, 1], 1)
+        self.window = ([stride] * 2, [weight.shape[2] // 2] * 2, [1, 1], 1)
         self.steps = _steps(weight)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
         whole = (weight / self.steps[:, None, None, None]).round_().to(torch.int8)
