@@ -140,7 +140,11 @@ def _float_layer(
 
 
 def _equalised(model: TrainableCodec, calibration: list[Calibration]) -> TrainableCodec:
-    """The model with each hidden channel scaled so that its calibration maximum nears the layer's mean one."""
+    """The model with each hidden channel's calibration maximum as far from the mean one as the weights that read it.
+
+    Where both are so already nothing changes: integers that went back to floats, were trained on and become integers
+    again are not evened out once more, at the cost of the next layer's small weights.
+    """
     even = TrainableCodec(model.arch)
     h_s, context = even.h_s, even.context
     h_s.load_state_dict(model.h_s.state_dict())
@@ -150,21 +154,27 @@ def _equalised(model: TrainableCodec, calibration: list[Calibration]) -> Trainab
         peaks = torch.zeros(())
         for seen in calibration:
             peaks = torch.maximum(peaks, _hidden(even, seen)[layer].amax(dim=(0, 2, 3)))
-        # a square root of the full correction: what this layer's activations gain, the next one's weights lose
-        factor = (peaks.clamp(min=1e-3) / peaks.mean().clamp(min=1e-3)).sqrt().clamp(0.1, 10)
-        spread = factor.repeat_interleave(4)  # pixel shuffle: channel c comes from outputs 4c to 4c + 3
         if layer == 0:
             made, after = [h_s.conv1.weight, h_s.conv1.bias, h_s.level_bias.T], h_s.conv2.weight
         elif layer == 1:
             made, after = [h_s.conv2.weight, h_s.conv2.bias], h_s.conv3.weight
         else:
-            rows, spread = slice(2 * even.arch.m, None), factor
+            rows = slice(2 * even.arch.m, None)
             made = [h_s.conv3.weight[rows], h_s.conv3.bias[rows], context.conv1.weight]  # type: ignore[index,union-attr]
             after = context.conv2.weight  # type: ignore[union-attr]
+        reading = after.abs().amax(dim=(0, 2, 3))
+        # what this layer's activations gain, the next one's weights lose
+        factor = (_relative(peaks) / _relative(reading)).sqrt().clamp(0.1, 10)
+        # pixel shuffle: channel c comes from outputs 4c to 4c + 3
+        spread = factor if layer == 2 else factor.repeat_interleave(4)
         for part in made:
             part.div_(spread.reshape(-1, *[1] * (part.ndim - 1)))  # type: ignore[union-attr]
         after.mul_(factor[None, :, None, None])
     return even
+
+
+def _relative(values: Tensor) -> Tensor:
+    return values.clamp(min=1e-3 * float(values.mean())) / values.mean().clamp(min=1e-9)
 
 
 def _hidden(model: TrainableCodec, seen: Calibration) -> list[Tensor]:
