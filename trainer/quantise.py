@@ -174,7 +174,8 @@ def _equalised(model: TrainableCodec, calibration: list[Calibration]) -> Trainab
 
 
 def _relative(values: Tensor) -> Tensor:
-    return values.clamp(min=1e-3 * float(values.mean())) / values.mean().clamp(min=1e-9)
+    """To their mean; none below a thousandth of it, nor where all are 0."""
+    return (values / values.mean().clamp(min=1e-9)).clamp(min=1e-3)
 
 
 def _hidden(model: TrainableCodec, seen: Calibration) -> list[Tensor]:
