@@ -161,10 +161,19 @@ async def connect(options: BrokerOptions, on_loss: Callable[[], None]) -> Client
 async def disconnect(client: Client) -> None:
     """Closes the connection, and ends attempts at another one, which may outlive the client's own `close`."""
     await client.close()
-    attempts = client._reconnection_task
-    while attempts is not None and not attempts.done():
-        attempts.cancel()
-        await asyncio.wait({attempts}, timeout=0.1)
+    if client._reconnection_task is not None:
+        await end(client._reconnection_task)
+
+
+async def end(task: "asyncio.Task[None]") -> None:
+    """Cancels a task that talks to the broker until it is over.
+
+    Once is not enough: the client awaits answers by `asyncio.wait_for`, which up to Python 3.11 drops a cancellation
+    that meets the answer.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
 
 
 def _as_private_as_wanted(client: Client, tls: ssl.SSLContext | None) -> bool:

@@ -44,6 +44,7 @@ from cloud.detections.broker import (
     broker_errors,
     connect,
     disconnect,
+    end,
     message_or_none,
     open_streams,
 )
@@ -190,8 +191,7 @@ class JetStreamLog:
         for _ in self._writers:
             self._queue.put_nowait(None)
         await asyncio.gather(*self._writers)
-        self._follower.cancel()
-        await asyncio.gather(self._follower, return_exceptions=True)
+        await end(self._follower)
         for reader in self._replays.values():
             self._discard(reader)
         await asyncio.gather(*self._chores, return_exceptions=True)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -60,6 +61,17 @@ async def read_until(log: JetStreamLog, count: int) -> list[tuple[int, FrameName
             seen += [(record.sequence, record.name, record.event) for record in records]
             position = seen[-1][0]
     return seen
+
+
+async def test_closing_while_the_follower_is_being_answered_ends(broker: Broker, unique: str) -> None:
+    """An answer that has come and was not read yet used to take the cancellation with it, in one of three attempts."""
+    for attempt in range(24):
+        log = await JetStreamLog.open(options(broker, unique), KEEP_ALL)
+        for _ in range(attempt // 3):
+            await asyncio.sleep(0)
+        time.sleep(0.003 * (attempt % 3))  # noqa: ASYNC251  # the answer comes while this event loop does not look
+        async with asyncio.timeout(10):
+            await log.close()
 
 
 async def test_a_block_that_takes_long_holds_up_its_cameras_later_records_and_no_others(
