@@ -3,7 +3,8 @@
 Training in crops shows h_s what surrounds a latent for 192 pixels; pictures are larger, and so is what can be known.
 Without g_a and g_s a step costs a small part of one of `train codec`, so this comes after it, and it is here that a
 bundle gets its context model. What is minimised is the rate of rounded latents, each quality's in units of what it was
-at the start. Distortion is not looked at, but gains: a latent of 0 is decoded as its mean.
+at the start. Distortion is not looked at, but gains: a latent of 0 is decoded as its mean. The last part of the steps
+is with h_s and the context model rounded as the integers that they become, which takes back most of what those cost.
 """
 
 import math
@@ -27,12 +28,13 @@ from shared.codec.transforms import STRIDE_Y, interpolate_levels
 from shared.errors import InvalidBundle, InvalidInput, InvalidSettings, NumericalError
 from trainer.checkpoints import read_checkpoint, save_checkpoint
 from trainer.crops import Picture, list_pictures, spread, tuning_pictures
-from trainer.export import export_bundle, trainable_from_bundle
+from trainer.export import coded_at_all_levels, export_bundle, trainable_from_bundle
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS, TrainableCodec
-from trainer.provenance import commit, curve_table, hardware
+from trainer.provenance import commit, curve_table, hardware, integer_cost_lines
+from trainer.quantise import compute_as_integers
 
 TUNING_PICTURES = 24
 TUNING_SIDE = 1024  # whole pictures, to a multiple of 64
@@ -40,6 +42,8 @@ CALIBRATION_PICTURES = 12
 CALIBRATION_SIDE = 320
 LR_FLOOR = 0.02
 WARMUP_STEPS = 50
+INTEGERS_FROM = 0.4  # of the steps
+COVERAGE = 0.999  # of activations, by the integers: training mends what is cut off, and the rest is told finer
 CONTEXT_RATE = 5.0  # of the context model and the prior, which begin from nothing or are tiny, times `rate`
 
 
@@ -112,7 +116,7 @@ def train_entropy(settings: EntropySettings) -> Path:
     settings.out.mkdir(parents=True, exist_ok=True)
     before = _curve(model, tuning, task, 0)
     groups = latents_of(Codec(bundle), pictures, settings.frame_scale)
-    seconds = _train(model, groups, np.asarray(before.bpp), settings)
+    seconds = _train(model, groups, calibration, np.asarray(before.bpp), settings)
     after = _curve(model, tuning, task, settings.steps)
     gap = rate_gap(after, before)
     Console(stderr=True).print(f"rate at equal distance of {network}'s features: {100 * gap:+.1f} % on tuning pictures")
@@ -160,7 +164,13 @@ def _latents(codec: Codec, x: Tensor, factor: float) -> Tensor:
     return y[0].half()
 
 
-def _train(model: TrainableCodec, groups: list[Latents], bpp: np.ndarray, settings: EntropySettings) -> float:
+def _train(
+    model: TrainableCodec,
+    groups: list[Latents],
+    calibration: list[Tensor],
+    bpp: np.ndarray,
+    settings: EntropySettings,
+) -> float:
     """Seconds it took, those before a resume included."""
     fast = [*model.entropy_bottleneck.parameters(), *(model.context.parameters() if model.context else ())]
     slow = [*model.h_a.parameters(), *model.h_s.parameters()]
@@ -173,6 +183,9 @@ def _train(model: TrainableCodec, groups: list[Latents], bpp: np.ndarray, settin
     model.entropy_bottleneck.quantiles.requires_grad_(False)  # medians are folded into h_a; here they do not move
     started = saved = time.monotonic()
     for step in track(range(first, settings.steps), "train entropy", console=Console(stderr=True)):
+        if step >= INTEGERS_FROM * settings.steps and model.units is None:
+            compute_as_integers(model, coded_at_all_levels(model, calibration), coverage=COVERAGE)
+            optimiser.state.clear()  # its moments are of weights that were evened out
         generator = np.random.default_rng((settings.seed, step))
         y, quality_steps = _batch(groups, settings.batch, generator)
         torch.manual_seed(int(generator.integers(2**31)))
@@ -192,7 +205,13 @@ def _train(model: TrainableCodec, groups: list[Latents], bpp: np.ndarray, settin
             state = {"net": model.state_dict(), "optimizer": optimiser.state_dict(), "schedule": schedule.state_dict()}
             save_checkpoint(
                 settings.out / "last.ckpt",
-                {**state, "architecture": asdict(model.arch), "step": step + 1, "elapsed_s": spent + saved - started},
+                {
+                    **state,
+                    "architecture": asdict(model.arch),
+                    "units": model.units,
+                    "step": step + 1,
+                    "elapsed_s": spent + saved - started,
+                },
             )
     return spent + time.monotonic() - started
 
@@ -213,9 +232,10 @@ def _batch(groups: list[Latents], batch: int, generator: np.random.Generator) ->
 
 def _restore(path: Path, model: TrainableCodec, optimiser: Any, schedule: Any) -> tuple[int, float]:
     state = read_checkpoint(path)
-    if state.get("architecture") != asdict(model.arch) or "schedule" not in state:
+    if state.get("architecture") != asdict(model.arch) or not {"schedule", "units"} <= state.keys():
         raise InvalidBundle(f"{path}: expected a checkpoint of `train entropy` with {asdict(model.arch)}")
     model.load_state_dict(state["net"])
+    model.units = state["units"]
     optimiser.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return int(state["step"]), float(state["elapsed_s"])
@@ -276,6 +296,7 @@ def _write(
         f"an entropy model trained for {settings.steps} steps of {settings.batch} whole pictures, {about['hours']} "
         f"hours on {about['hardware']}, on {pictures} pictures of `{settings.images.name}`. Commit "
         f"{about['commit']}, seed {settings.seed}.",
+        *integer_cost_lines(made),
         *curve_table(curve),
     ]
     (folder / "README.md").write_text("\n".join(card) + "\n")

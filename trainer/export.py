@@ -1,12 +1,13 @@
 """From a trained codec to a weights bundle, and back to a trainable one.
 
 Export folds the factorised prior's medians into h_a (so that z_hat is plain rounding), turns the float h_s into
-integers, freezes the probability models as integer tables, measures the ranges of g_a's activations, and writes fp16
-weights. What training needs to go on is in a bundle too: the entropy bottleneck in fp16 as `training.*`, and the float
-h_s and context model as their integers say.
+integers, freezes the probability models as integer tables, measures the ranges of g_a's activations and what the
+integers cost in rate, and writes fp16 weights. What training needs to go on is in a bundle too: the entropy bottleneck
+in fp16 as `training.*`, and the float h_s and context model as their integers say.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.codec.bundle import SCALE_TENSOR, Bundle, load_bundle, save_bundle
+from shared.codec.codec import Codec
 from shared.codec.eight_bit import ranges
 from shared.codec.hyper import SCALE_COUNT
 from shared.codec.tables import from_pmfs, gaussian_tables
 from shared.codec.transforms import interpolate_levels
+from shared.codec.types import Frame
+from trainer.integer_cost import code_lengths
 from trainer.model import LEVELS, SCALE_MAX, SCALE_MIN, TrainableCodec
 from trainer.quantise import Calibration, float_hyper_synthesis, quantise_hyper_synthesis
 
@@ -40,9 +44,11 @@ def export_bundle(
     info: Mapping[str, Any],
     scales: Sequence[int] | None = None,
 ) -> Bundle:
-    """Write `model` as a bundle. `calibration`: pictures [3, H, W] in [0, 1], sides multiples of 64, for ranges.
+    """Write `model` as a bundle. `calibration`: pictures [3, H, W] in [0, 1], of one size, sides multiples of 64.
 
-    `scales`: sides at which it codes pictures, in 1/16 of the frame's, at quality 1 to 8; None is full size.
+    Pictures of 320 pixels or more: smaller ones have too few hyper-latents to tell how large activations get. `scales`:
+    sides at which it codes pictures, in 1/16 of the frame's, at quality 1 to 8; None is full size. In the manifest,
+    `integer_cost` says how many more bits the calibration pictures' latents take for the integers, at quality 1 to 8.
     """
     model = model.eval().float()
     medians = model.medians()
@@ -55,7 +61,7 @@ def export_bundle(
     arrays["h_a.last.bias"] = folded.to(torch.float16).numpy()
     arrays["gain.log"] = model.log_gain.detach().numpy().astype(np.float32)
     arrays["gain.log_inverse"] = model.log_inverse_gain.detach().numpy().astype(np.float32)
-    arrays |= quantise_hyper_synthesis(model, _calibration(model, calibration))
+    arrays |= quantise_hyper_synthesis(model, coded_at_all_levels(model, calibration))
     arrays |= gaussian_tables(SCALES).to_arrays("tables.y")
     arrays |= from_pmfs(*factorised_pmfs(model)).to_arrays("tables.z")
     if scales is not None:
@@ -63,7 +69,10 @@ def export_bundle(
     for key, value in model.entropy_bottleneck.state_dict().items():
         if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":
             arrays[_PRIOR + key] = value.to(torch.float16).numpy()
-    return save_bundle(folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays, info=info)
+    save = partial(save_bundle, folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays)
+    frames = [Frame((picture * 255).round().byte().permute(1, 2, 0).numpy()) for picture in calibration]
+    cost = [round(row.cost, 5) for row in code_lengths(Codec(save(info=info)), model, frames)]
+    return save(info={**info, "integer_cost": cost})
 
 
 def rounded(values: Sequence[float]) -> list[float]:
@@ -105,7 +114,8 @@ def factorised_pmfs(model: TrainableCodec) -> tuple[list[NDArray[np.float64]], l
     return pmfs, offsets
 
 
-def _calibration(model: TrainableCodec, pictures: Sequence[Tensor]) -> list[Calibration]:
+@torch.no_grad()
+def coded_at_all_levels(model: TrainableCodec, pictures: Sequence[Tensor]) -> list[Calibration]:
     """What the entropy model sees of the pictures at each quality; pictures must share one size."""
     y = model.g_a(torch.stack(list(pictures)))
     seen = []

@@ -28,10 +28,18 @@ from shared.codec.transforms import (
 LEVELS = 8
 SCALE_MIN = 0.11
 SCALE_MAX = 256.0
+ACT_MAX = 255  # of an integer activation
+WEIGHT_MAX = 127
+
+Units = tuple[float, ...]
 
 
 class HyperSynthesis(nn.Module):
-    """Float h_s. The first layer adds a bias a quality level, the one place where h_s sees the quality."""
+    """Float h_s. The first layer adds a bias a quality level, the one place where h_s sees the quality.
+
+    `units`: what one step of the activations of each hidden layer is worth, the context model's last. With them it
+    computes as the integers that it becomes, which gradients pass as if nothing were rounded; without, in floats.
+    """
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -39,14 +47,25 @@ class HyperSynthesis(nn.Module):
         self.conv2 = nn.Conv2d(arch.h, 4 * arch.h, 3, padding=1)
         self.conv3 = nn.Conv2d(arch.h, 2 * arch.m + arch.context, 3, padding=1)
         self.level_bias = nn.Parameter(torch.zeros(LEVELS, 4 * arch.h))
+        self._coding = 2 * arch.m
 
-    def forward(self, z_hat: Tensor, quality_steps: Tensor) -> Tensor:
-        """z_hat [B, Z, hz, wz] -> means, log scales, and what the context model adds to, [B, 2 M + c, 4 hz, 4 wz]."""
+    def hidden(self, z_hat: Tensor, quality_steps: Tensor, units: Units | None = None) -> tuple[Tensor, Tensor]:
+        """Activations after the first and the second layer, [B, H, 2 hz, 2 wz] and [B, H, 4 hz, 4 wz]."""
         bias = between_levels(self.level_bias, quality_steps)
-        a = F.relu(F.pixel_shuffle(self.conv1(z_hat) + bias, 2))
-        a = F.relu(F.pixel_shuffle(self.conv2(a), 2))
-        out: Tensor = self.conv3(a)
-        return out
+        one = _activation(F.pixel_shuffle(_convolved(z_hat, self.conv1, units) + bias, 2), units, 0)
+        return one, _activation(F.pixel_shuffle(_convolved(one, self.conv2, units), 2), units, 1)
+
+    def forward(
+        self, z_hat: Tensor, quality_steps: Tensor, size: tuple[int, int], units: Units | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """z_hat [B, Z, hz, wz] -> means and log scales [B, 2 M, *size], and what the context model adds to.
+
+        The last layer sees zeros beyond `size`, as it does in the codec.
+        """
+        _, two = self.hidden(z_hat, quality_steps, units)
+        out = _convolved(two[:, :, : size[0], : size[1]], self.conv3, units)
+        prior, hidden = out[:, : self._coding], out[:, self._coding :]
+        return prior, hidden if units is None else _in_steps(hidden, units[-1])
 
 
 class ContextModel(nn.Module):
@@ -59,10 +78,36 @@ class ContextModel(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
-    def forward(self, prior: Tensor, known: Tensor) -> Tensor:
+    def forward(self, prior: Tensor, known: Tensor, units: Units | None = None) -> Tensor:
         """`prior`: from h_s, [B, c, h, w]; `known`: symbols [B, M, h, w], 0 where unknown -> [B, 2 M, h, w]."""
-        out: Tensor = self.conv2(F.relu(prior + self.conv1(known)))
-        return out
+        return _convolved(self.hidden(prior, known, units), self.conv2, units)
+
+    def hidden(self, prior: Tensor, known: Tensor, units: Units | None = None) -> Tensor:
+        """Activations between the two layers, [B, c, h, w]."""
+        seen = _convolved(known, self.conv1, units)
+        return _activation(prior + (seen if units is None else _in_steps(seen, units[-1])), units, -1)
+
+
+def weight_steps(weight: Tensor) -> Tensor:
+    """What one step of a weight [out, in, k, k] is worth once it is an integer, by output channel."""
+    return weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-6) / WEIGHT_MAX
+
+
+def _in_steps(values: Tensor, step: Tensor | float) -> Tensor:
+    """Rounded to whole steps; gradients pass as if they were not."""
+    return values + ((values / step).round() * step - values).detach()
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d, units: Units | None) -> Tensor:
+    weight = conv.weight
+    if units is not None:
+        weight = _in_steps(weight, weight_steps(weight.detach())[:, None, None, None])
+    return F.conv2d(x, weight, conv.bias, padding=conv.padding)
+
+
+def _activation(x: Tensor, units: Units | None, layer: int) -> Tensor:
+    a = F.relu(x)
+    return a if units is None else _in_steps(a.clamp(max=ACT_MAX * units[layer]), units[layer])
 
 
 class _SharedNoise:
@@ -116,6 +161,7 @@ class TrainableCodec(nn.Module):
         self.h_a = HyperAnalysisTransform(self.arch)
         self.h_s = HyperSynthesis(self.arch)
         self.context = ContextModel(self.arch) if self.arch.context else None
+        self.units: Units | None = None  # of h_s and the context model, see there
         self.entropy_bottleneck = SharedNoisePrior(self.arch.z)
         self.gaussian = SharedNoiseGaussian(None, scale_bound=SCALE_MIN)
         start = torch.linspace(-0.5, 0.5, LEVELS) * torch.log(torch.tensor(gain_span))
@@ -168,13 +214,12 @@ class TrainableCodec(nn.Module):
 
         The context model sees the first pass as it is really coded, rounded.
         """
-        out = self.h_s(z_hat, quality_steps)[:, :, : y.shape[2], : y.shape[3]]
-        prior, hidden = out[:, : 2 * self.arch.m], out[:, 2 * self.arch.m :]
+        prior, hidden = self.h_s(z_hat, quality_steps, (y.shape[2], y.shape[3]), self.units)
         means, log_scales = prior.chunk(2, dim=1)
         if self.context is None:
             return means, log_scales
         first = torch.from_numpy(first_pass(*y.shape[1:])).to(y.device)
-        means_then, log_scales_then = (prior + self.context(hidden, self.known(y, means))).chunk(2, dim=1)
+        means_then, log_scales_then = (prior + self.context(hidden, self.known(y, means), self.units)).chunk(2, dim=1)
         return torch.where(first, means, means_then), torch.where(first, log_scales, log_scales_then)
 
     def known(self, y: Tensor, means: Tensor) -> Tensor:

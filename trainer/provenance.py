@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.codec.bundle import SCALE_TENSOR, load_bundle
+from shared.codec.bundle import SCALE_TENSOR, Bundle, load_bundle
 from trainer.export import export_bundle
 from trainer.harvest import Curve
 from trainer.model import TrainableCodec
@@ -52,7 +52,7 @@ def write_bundle(
     if curve is not None:
         info["tuning_curve"] = curve.as_dict()
     bundle = export_bundle(codec, calibration, folder, name=settings.name, info=info, scales=_scales(settings))
-    (folder / "README.md").write_text(_card(bundle.model_id, settings, info, curve))
+    (folder / "README.md").write_text(_card(bundle, settings, curve))
 
 
 def _scales(settings: TrainSettings) -> Sequence[int] | None:
@@ -91,22 +91,30 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def _card(model_id: str, settings: TrainSettings, info: dict[str, Any], curve: Curve | None) -> str:
-    made = info["provenance"]
+def _card(bundle: Bundle, settings: TrainSettings, curve: Curve | None) -> str:
+    made = bundle.info["provenance"]
     data = made["data"]
     lines = [
         f"# {settings.name}",
         "",
-        f"A Sightline codec, model id `{model_id}`.",
+        f"A Sightline codec, model id `{bundle.model_id}`.",
         "",
         f"Trained for {made['steps']} steps of {made['batch']} crops of {made['crop']} pixels, "
         f"{made['hours']} hours on {made['hardware']}, on {data['count']} pictures of `{data['images']}`, through the "
         f"frozen network `{settings.network}` (task loss: {settings.task_loss}). Commit {made['commit']}, seed "
         f"{made['seed']}, started from {made['started_from'] or 'nothing'}.",
+        *integer_cost_lines(bundle),
     ]
     if curve is not None:
         lines += curve_table(curve)
     return "\n".join(lines) + "\n"
+
+
+def integer_cost_lines(bundle: Bundle) -> list[str]:
+    """Lines of a model card."""
+    cost = bundle.info["integer_cost"]
+    shown = ", ".join(f"{each:+.1%}" for each in cost)
+    return ["", f"Bits for the integers of the entropy model, against the floats they were made from: {shown}."]
 
 
 def curve_table(curve: Curve) -> list[str]:

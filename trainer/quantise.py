@@ -16,14 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from shared.codec.hyper import CONTEXT, MAX_MULTIPLIER, SCALE_COUNT
-from shared.codec.transforms import between_levels
 from shared.codec.types import MEAN_STEPS
-from trainer.model import SCALE_MAX, SCALE_MIN, TrainableCodec
+from trainer.model import ACT_MAX, SCALE_MAX, SCALE_MIN, TrainableCodec, Units, weight_steps
 
-ACT_MAX = 255
 SHIFT_LIMIT = 36
 LOG_STEP = (math.log(SCALE_MAX) - math.log(SCALE_MIN)) / (SCALE_COUNT - 1)
 ACT_UNIT = 1 / 32  # what an activation's step becomes when integers go back to floats; any would do the same
@@ -42,14 +39,27 @@ class Calibration:
 
 
 @torch.no_grad()
+def compute_as_integers(model: TrainableCodec, calibration: list[Calibration], *, coverage: float) -> None:
+    """From now on the entropy model computes as the integers it becomes, so that training mends what those cost.
+
+    Channels are evened out, which changes weights but not what they compute. `coverage`: share of the calibration
+    activations that stay below the largest integer.
+    """
+    even = _equalised(model, calibration)
+    model.units = _units(even, calibration, coverage)
+    model.h_s.load_state_dict(even.h_s.state_dict())
+    if model.context is not None and even.context is not None:
+        model.context.load_state_dict(even.context.state_dict())
+
+
+@torch.no_grad()
 def quantise_hyper_synthesis(
-    model: TrainableCodec, calibration: list[Calibration], *, coverage: float = 0.99999
+    model: TrainableCodec, calibration: list[Calibration], *, coverage: float = 0.9999
 ) -> Arrays:
     """Integer parameters as `IntegerHyperSynthesis.from_arrays` takes them, of the context model too where there is
-    one."""
-    even = _equalised(model, calibration)
-    tops = _tops(even, calibration, coverage)
-    units = [top / ACT_MAX for top in tops]
+    one. A model that has units keeps them, and `calibration` and `coverage` are not looked at."""
+    even = _equalised(model, calibration) if model.units is None else model
+    units = model.units or _units(even, calibration, coverage)
     h_s = even.h_s
     bias3 = h_s.conv3.bias.clone()  # type: ignore[union-attr]
     bias3[even.arch.m : 2 * even.arch.m] -= math.log(SCALE_MIN)
@@ -104,13 +114,8 @@ def _output_units(m: int) -> Tensor:
     return torch.cat([torch.full((m,), 1 / MEAN_STEPS), torch.full((m,), LOG_STEP)])
 
 
-def _scales(weight: Tensor) -> Tensor:
-    """What one step of a weight is worth, by output channel."""
-    return weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-6) / 127
-
-
 def _integer_bias(bias: Tensor, weight: Tensor, unit_in: float) -> NDArray[np.int64]:
-    made: NDArray[np.int64] = (bias / (_scales(weight) * unit_in)).round().to(torch.int64).numpy()
+    made: NDArray[np.int64] = (bias / (weight_steps(weight) * unit_in)).round().to(torch.int64).numpy()
     return made
 
 
@@ -119,7 +124,7 @@ def _integer_layers(prefix: str, layers: Iterable[tuple[Tensor, Tensor | None, f
     arrays: Arrays = {}
     shifts = []
     for i, (weight, bias, unit_in, units_out) in enumerate(layers, start=1):
-        scales = _scales(weight)
+        scales = weight_steps(weight)
         arrays[f"{prefix}weight{i}"] = (weight / scales[:, None, None, None]).round().to(torch.int8).numpy()
         arrays[f"{prefix}bias{i}"] = _integer_bias(bias if bias is not None else torch.zeros(1), weight, unit_in)
         ratio = (scales * unit_in / units_out).double().numpy()
@@ -179,20 +184,17 @@ def _relative(values: Tensor) -> Tensor:
 
 
 def _hidden(model: TrainableCodec, seen: Calibration) -> list[Tensor]:
-    """Activations after each hidden layer."""
-    h_s, m = model.h_s, model.arch.m
-    bias = between_levels(h_s.level_bias, seen.quality_steps)
-    one = F.relu(F.pixel_shuffle(h_s.conv1(seen.z_hat) + bias, 2))
-    two = F.relu(F.pixel_shuffle(h_s.conv2(one), 2))
-    if model.context is None:
-        return [one, two]
-    out = h_s.conv3(two)[:, :, : seen.y.shape[2], : seen.y.shape[3]]
-    known = model.known(seen.y, out[:, :m])
-    return [one, two, F.relu(out[:, 2 * m :] + model.context.conv1(known))]
+    """Activations after each hidden layer, in floats."""
+    hidden = list(model.h_s.hidden(seen.z_hat, seen.quality_steps))
+    if model.context is not None:
+        prior, added_to = model.h_s(seen.z_hat, seen.quality_steps, (seen.y.shape[2], seen.y.shape[3]))
+        known = model.known(seen.y, prior[:, : model.arch.m])
+        hidden.append(model.context.hidden(added_to, known))
+    return hidden
 
 
-def _tops(model: TrainableCodec, calibration: list[Calibration], coverage: float) -> list[float]:
-    """The largest activation to keep, by hidden layer."""
+def _units(model: TrainableCodec, calibration: list[Calibration], coverage: float) -> Units:
+    """What one step of an activation is worth, by hidden layer."""
     tops: list[float] = []
     for layers in zip(*(_hidden(model, seen) for seen in calibration), strict=True):
         kept = []
@@ -201,4 +203,4 @@ def _tops(model: TrainableCodec, calibration: list[Calibration], coverage: float
             rank = max(1, int((1 - coverage) * values.numel()))
             kept.append(float(values.topk(rank).values[-1]))
         tops.append(max(1e-3, *kept))
-    return tops
+    return tuple(top / ACT_MAX for top in tops)
