@@ -22,6 +22,7 @@ from shared.codec.types import MEAN_STEPS
 from trainer.model import ACT_MAX, SCALE_MAX, SCALE_MIN, TrainableCodec, Units, weight_steps
 
 SHIFT_LIMIT = 36
+WEIGHT_SPREAD = 16.0  # largest weights of a channel that is read by another layer, to those of the median channel
 LOG_STEP = (math.log(SCALE_MAX) - math.log(SCALE_MIN)) / (SCALE_COUNT - 1)
 ACT_UNIT = 1 / 32  # what an activation's step becomes when integers go back to floats; any would do the same
 
@@ -170,8 +171,14 @@ def _equalised(model: TrainableCodec, calibration: list[Calibration]) -> Trainab
         reading = after.abs().amax(dim=(0, 2, 3))
         # what this layer's activations gain, the next one's weights lose
         factor = (_relative(peaks) / _relative(reading)).sqrt().clamp(0.1, 10)
+        # one that is 0 in all pictures stays: made larger each time, it would be all or nothing where it is not 0
+        factor = torch.where(peaks < 1e-3 * peaks.mean(), 1.0, factor)
         # pixel shuffle: channel c comes from outputs 4c to 4c + 3
-        spread = factor if layer == 2 else factor.repeat_interleave(4)
+        outputs = 1 if layer == 2 else 4
+        largest = made[0].abs().amax(dim=(1, 2, 3)).reshape(-1, outputs).amax(dim=1)
+        # all of a layer's multipliers share one shift: one far above the others would leave those few bits
+        factor = torch.maximum(factor, largest / (WEIGHT_SPREAD * largest.median()).clamp(min=1e-9))
+        spread = factor.repeat_interleave(outputs)
         for part in made:
             part.div_(spread.reshape(-1, *[1] * (part.ndim - 1)))  # type: ignore[union-attr]
         after.mul_(factor[None, :, None, None])

@@ -13,7 +13,7 @@ from shared.codec.codec import Codec
 from shared.codec.types import Frame
 from trainer.export import coded_at_all_levels, export_bundle, trainable_from_bundle
 from trainer.integer_cost import code_lengths
-from trainer.quantise import compute_as_integers
+from trainer.quantise import compute_as_integers, quantise_hyper_synthesis
 
 
 def middles(photographs: dict[str, Frame]) -> tuple[list[Frame], list[Tensor]]:
@@ -54,6 +54,19 @@ def test_a_model_that_computes_as_its_integers_codes_as_they_do(
     for row in code_lengths(codec, model, [odd]):
         assert abs(row.integers / row.rounded - 1) < 0.01
     assert codec.model_id != floats.model_id
+
+
+def test_a_channel_that_is_never_active_is_not_made_larger_at_every_export(photographs: dict[str, Frame]) -> None:
+    """All multipliers of a layer share one shift: one channel of huge weights left the others three bits."""
+    _, calibration = middles(photographs)
+    model = trainable_from_bundle("detection")
+    with torch.no_grad():
+        model.h_s.conv2.weight[:4] *= 1e5
+        model.h_s.conv2.bias[:4] = -1e6  # type: ignore[index]
+        model.h_s.conv3.weight[:, 0] *= 1e-5
+    arrays = quantise_hyper_synthesis(model, coded_at_all_levels(model, calibration))
+    multipliers = np.sort(arrays["h_s.multiplier2"])
+    assert multipliers[len(multipliers) // 2] > 1000
 
 
 def test_the_cost_is_of_what_is_really_coded_and_shows_an_entropy_model_that_is_another(
