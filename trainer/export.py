@@ -47,12 +47,14 @@ def export_bundle(
     """Write `model` as a bundle. `calibration`: pictures [3, H, W] in [0, 1], of one size, sides multiples of 64.
 
     Pictures of 320 pixels or more: smaller ones have too few hyper-latents to tell how large activations get. `scales`:
-    sides at which it codes pictures, in 1/16 of the frame's, at quality 1 to 8; None is full size. In the manifest,
-    `integer_cost` says how many more bits the calibration pictures' latents take for the integers, at quality 1 to 8.
+    sides at which it codes pictures, in 1/16 of the frame's, at quality 1 to 8; None is full size. `info` has the
+    `ranges` of g_a's activations where they are known, else they are those of these pictures. In the manifest,
+    `integer_cost` says how many more bits the pictures' latents take for the integers, at quality 1 to 8.
     """
     model = model.eval().float()
     medians = model.medians()
-    info = {**info, "ranges": {"g_a": rounded(ranges(model.g_a, (picture[None] for picture in calibration)))}}
+    if "ranges" not in info:
+        info = {**info, "ranges": {"g_a": rounded(ranges(model.g_a, (picture[None] for picture in calibration)))}}
     arrays: dict[str, NDArray[Any]] = {}
     for prefix in ("g_a", "h_a", "g_s"):
         for key, value in getattr(model, prefix).state_dict().items():

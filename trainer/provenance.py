@@ -114,7 +114,7 @@ def integer_cost_lines(bundle: Bundle) -> list[str]:
     """Lines of a model card."""
     cost = bundle.info["integer_cost"]
     shown = ", ".join(f"{each:+.1%}" for each in cost)
-    return ["", f"Bits for the integers of the entropy model, against the floats they were made from: {shown}."]
+    return ["", f"Bits for the integers of the entropy model, against the model as it was trained: {shown}."]
 
 
 def curve_table(curve: Curve) -> list[str]:

@@ -58,6 +58,7 @@ def test_the_same_latents_take_fewer_bits_and_come_back(
     before, after = Codec.load(plain), Codec.load(made)
     assert after.model_id != before.model_id
     assert after.bundle.architecture == replace(TINY, context=8)
+    assert after.bundle.info["ranges"] == before.bundle.info["ranges"], "g_a is the same: its ranges are known better"
     for name, array in before.bundle.arrays.items():
         if name.startswith(("g_a.", "g_s.", "gain.", "level.")):
             np.testing.assert_array_equal(after.bundle.arrays[name], array)
