@@ -7,7 +7,6 @@ in fp16 as `training.*`, and the float h_s and context model as their integers s
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.codec.bundle import SCALE_TENSOR, Bundle, load_bundle, save_bundle
+from shared.codec.bundle import SCALE_TENSOR, Bundle, compute_model_id, load_bundle, save_bundle
 from shared.codec.codec import Codec
 from shared.codec.eight_bit import ranges
 from shared.codec.hyper import SCALE_COUNT
@@ -71,10 +70,11 @@ def export_bundle(
     for key, value in model.entropy_bottleneck.state_dict().items():
         if value.is_floating_point() and value.numel() and "bound" not in key and key != "target":
             arrays[_PRIOR + key] = value.to(torch.float16).numpy()
-    save = partial(save_bundle, folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays)
+    model_id = compute_model_id(model.arch, SKIP_BELOW, arrays)
+    codec = Codec(Bundle(model_id, name, model.arch, SKIP_BELOW, arrays, info))
     frames = [Frame((picture * 255).round().byte().permute(1, 2, 0).numpy()) for picture in calibration]
-    cost = [round(row.cost, 5) for row in code_lengths(Codec(save(info=info)), model, frames)]
-    return save(info={**info, "integer_cost": cost})
+    info = {**info, "integer_cost": [round(row.cost, 5) for row in code_lengths(codec, model, frames)]}
+    return save_bundle(folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays, info=info)
 
 
 def rounded(values: Sequence[float]) -> list[float]:

@@ -53,8 +53,7 @@ class HyperSynthesis(nn.Module):
         """Activations after the first and the second layer, [B, H, 2 hz, 2 wz] and [B, H, 4 hz, 4 wz]."""
         bias = between_levels(self.level_bias, quality_steps)
         one = _activation(F.pixel_shuffle(_convolved(z_hat, self.conv1, units, more=bias), 2), units, 0)
-        between = 1.0 if units is None else units[0]
-        return one, _activation(F.pixel_shuffle(_convolved(one, self.conv2, units, between), 2), units, 1)
+        return one, _activation(F.pixel_shuffle(_convolved(one, self.conv2, units, 0), 2), units, 1)
 
     def forward(
         self, z_hat: Tensor, quality_steps: Tensor, size: tuple[int, int], units: Units | None = None
@@ -64,7 +63,7 @@ class HyperSynthesis(nn.Module):
         The last layer sees zeros beyond `size`, as it does in the codec.
         """
         _, two = self.hidden(z_hat, quality_steps, units)
-        out = _convolved(two[:, :, : size[0], : size[1]], self.conv3, units, 1.0 if units is None else units[1])
+        out = _convolved(two[:, :, : size[0], : size[1]], self.conv3, units, 1)
         prior, hidden = out[:, : self._coding], out[:, self._coding :]
         return prior, hidden if units is None else _in_steps(hidden, units[-1])
 
@@ -81,8 +80,7 @@ class ContextModel(nn.Module):
 
     def forward(self, prior: Tensor, known: Tensor, units: Units | None = None) -> Tensor:
         """`prior`: from h_s, [B, c, h, w]; `known`: symbols [B, M, h, w], 0 where unknown -> [B, 2 M, h, w]."""
-        between = 1.0 if units is None else units[-1]
-        return _convolved(self.hidden(prior, known, units), self.conv2, units, between)
+        return _convolved(self.hidden(prior, known, units), self.conv2, units, -1)
 
     def hidden(self, prior: Tensor, known: Tensor, units: Units | None = None) -> Tensor:
         """Activations between the two layers, [B, c, h, w]."""
@@ -101,16 +99,17 @@ def _in_steps(values: Tensor, step: Tensor | float) -> Tensor:
 
 
 def _convolved(
-    x: Tensor, conv: nn.Conv2d, units: Units | None, unit_in: float = 1.0, more: Tensor | None = None
+    x: Tensor, conv: nn.Conv2d, units: Units | None, reads: int | None = None, more: Tensor | None = None
 ) -> Tensor:
-    """`unit_in`: what one step of x is worth; biases are whole numbers of what one step of a sum is. `more`: a bias for
-    each picture, [B, out, 1, 1]."""
+    """`reads`: the hidden layer whose activations x is, None for symbols. `more`: a bias for each picture, [B, out, 1,
+    1]. As integers, biases are whole numbers of what one step of a sum is worth."""
     weight, bias = conv.weight, conv.bias
     if units is not None:
         steps = weight_steps(weight.detach())
+        worth = steps if reads is None else steps * units[reads]
         weight = _in_steps(weight, steps[:, None, None, None])
-        bias = None if bias is None else _in_steps(bias, steps * unit_in)
-        more = None if more is None else _in_steps(more, (steps * unit_in)[None, :, None, None])
+        bias = None if bias is None else _in_steps(bias, worth)
+        more = None if more is None else _in_steps(more, worth[None, :, None, None])
     made = F.conv2d(x, weight, bias, padding=conv.padding)
     return made if more is None else made + more
 
