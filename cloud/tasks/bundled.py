@@ -24,9 +24,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_area
 
+from cloud.tasks.instance_masks import DecidedMasks
 from cloud.tasks.roi_align import Reordered, pool_regions, region_means
 from cloud.tasks.roi_heads import PartialTruthRoIHeads, overlap_with_ignored
 from cloud.tasks.trunk import C5_CHANNELS, IMAGE_MEAN, IMAGE_STD, LEVELS, MobileNetPyramid, separable
@@ -40,7 +40,7 @@ MASK_WIDTH = 64
 POOL_STRIDES = (8, 16, 32)
 
 
-class AntialiasedTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision is untyped
+class AntialiasedTransform(DecidedMasks):
     """torchvision's transform with anti-aliased resizing, differentiable with respect to the image."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:

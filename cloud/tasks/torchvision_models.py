@@ -16,12 +16,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cloud.tasks.bundled import BundledRCNN
 from cloud.tasks.checkpoints import freeze, state_hash
+from cloud.tasks.instance_masks import DecidedMasks
 from cloud.tasks.labels import VOC_TO_COCO, label_of
 from cloud.tasks.trunk import IMAGE_MEAN, IMAGE_STD
 from cloud.tasks.types import Detections, TaskKind
 from shared.errors import InvalidImage, InvalidInput
 
-MASK_THRESHOLD = 0.5
 KEYPOINT_CLASSES = 2  # background and person
 _FIXED_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, FrozenBatchNorm2d)
 
@@ -56,6 +56,8 @@ class TorchvisionDetector:
         self.model_id = model_id or state_hash(model)
         self._device = torch.device(device)
         transform: Any = self.model.transform
+        if self.kind is TaskKind.INSTANCE_SEGMENTATION and not isinstance(transform, DecidedMasks):
+            self.model.transform = transform = DecidedMasks.adopt(transform)
         transform.min_size = (transform.min_size[-1],)  # several sizes mean a random one in train()
 
     @torch.inference_mode()
@@ -70,13 +72,12 @@ class TorchvisionDetector:
     def _detections(self, output: dict[str, Tensor]) -> Detections:
         order = output["scores"].argsort(descending=True, stable=True)
         found = {k: v[order].cpu() for k, v in output.items()}
-        masks = found["masks"][:, 0] > MASK_THRESHOLD if "masks" in found else None
         return Detections(
             found["boxes"].float(),
             found["scores"].float(),
             found["labels"],
             tuple(label_of(i) for i in found["labels"].tolist()),
-            masks,
+            found.get("masks"),
             found.get("keypoints"),
         )
 
