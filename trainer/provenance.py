@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,19 @@ def write_bundle(
     calibration: Sequence[Tensor],
     folder: Path,
     *,
+    ranges: Mapping[str, Sequence[float]],
     pictures: int,
     steps: int,
     elapsed_s: float,
     curve: Curve | None,
     device: str,
 ) -> None:
-    """Export `codec` to `folder` with its provenance and a model card. `curve`: its measurement on tuning pictures."""
+    """Export `codec` to `folder` with its provenance and a model card.
+
+    `ranges`: of g_a's activations, by "g_a". `curve`: its measurement on tuning pictures.
+    """
     info: dict[str, Any] = {
+        "ranges": ranges,
         "task_network": settings.network,
         "task_loss": settings.task_loss,
         "provenance": {

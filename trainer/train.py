@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import replace
 from datetime import timedelta
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from torch.utils.data import DataLoader
 
 from cloud.tasks.checkpoints import load_strictly
 from shared.codec.codec import fast_dtype
+from shared.codec.eight_bit import ranges
 from shared.errors import InvalidInput, NumericalError
 from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, starting_model
 from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
+from trainer.export import rounded
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
 from trainer.latents import start_from_blocks, widened
@@ -45,6 +48,7 @@ QUANTILE_RATE = 1e-3  # the auxiliary loss is convex and apart from the rest; it
 LATENT_CROPS = 160
 CALIBRATION_CROPS = 16
 CALIBRATION_SIDE = 320  # pixels; ranges in small crops would miss what lies away from borders
+RANGE_CROPS = 96  # of that side, for the ranges of g_a: what is beyond is clipped, and few crops hold the largest
 
 
 class CodecTraining(LightningModule):
@@ -381,8 +385,10 @@ def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictur
         state = read_checkpoint(path)
         load_strictly(codec, state["average"] or state["net"], path)
     large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=settings.zoom)
-    calibration = [torch.from_numpy(large[i][0]).permute(2, 0, 1).float() / 255 for i in range(CALIBRATION_CROPS)]
+    shown = (torch.from_numpy(large[i][0]).permute(2, 0, 1).float() / 255 for i in range(RANGE_CROPS))
+    calibration = list(islice(shown, CALIBRATION_CROPS))
+    largest = ranges(codec.eval().float().g_a, (picture[None] for picture in chain(calibration, shown)))
     write_bundle(
-        replace(settings, resume=None), codec, calibration, folder,
+        replace(settings, resume=None), codec, calibration, folder, ranges={"g_a": rounded(largest)},
         pictures=pictures, steps=module.steps_done, elapsed_s=module.elapsed_s, curve=best, device=str(module.device),
     )  # fmt: skip
