@@ -132,6 +132,14 @@ def test_the_mask_networks_masks_lie_in_their_boxes() -> None:
         assert int(outside.sum()) < 0.02 * int(mask.sum()) + 8
 
 
+def test_what_is_found_in_a_picture_does_not_depend_on_those_beside_it(bundled: Any) -> None:
+    pictures = [photograph("astronaut"), photograph("chelsea"), photograph("astronaut")[:, :480]]
+    alone = [bundled.predict([picture])[0] for picture in pictures]
+    for one, other in zip(bundled.predict(pictures), alone, strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+        assert torch.equal(one.scores, other.scores)
+
+
 def test_the_mask_network_finds_the_boxes_that_the_box_network_finds() -> None:
     boxes, masks = (load_task(name).predict([photograph("astronaut")])[0] for name in BUNDLED)
     torch.testing.assert_close(boxes.boxes, masks.boxes)
