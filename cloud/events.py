@@ -13,9 +13,9 @@ from shared.codec.types import QUALITY_STEP, Bitstream
 _LAST_US = 253_402_300_799_999_999  # the end of the year 9999
 
 
-def task_results(inferred: Inferred, min_score: float) -> list[detection_pb2.TaskResult]:
-    """What each task found with at least `min_score`. Encoding masks takes milliseconds: not for the event loop."""
-    return [_task_result(output, inferred.batch_size, min_score) for output in inferred.outputs]
+def task_results(inferred: Inferred) -> list[detection_pb2.TaskResult]:
+    """What each task found. Encoding masks takes milliseconds: not for the event loop."""
+    return [_task_result(output, inferred.batch_size) for output in inferred.outputs]
 
 
 def timings(inferred: Inferred, total_s: float) -> detection_pb2.CloudTimings:
@@ -50,12 +50,12 @@ def outcome_label(outcome: int) -> str:
     return common_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()  # type: ignore[arg-type]
 
 
-def _task_result(output: TaskOutput, batch_size: int, min_score: float) -> detection_pb2.TaskResult:
+def _task_result(output: TaskOutput, batch_size: int) -> detection_pb2.TaskResult:
     return detection_pb2.TaskResult(
         task=output.task.name,
         kind=str(output.task.kind),
         model_id=output.task.model_id,
-        detections=_detections(output.detections.at_least(min_score)),
+        detections=_detections(output.detections),
         task_ms=output.task_s * 1e3,
         batch_size=batch_size,
     )

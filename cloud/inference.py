@@ -59,6 +59,7 @@ class _Job:
     bitstream: Bitstream
     tasks: tuple[str, ...]
     expires_unix_us: int
+    min_score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +114,19 @@ class Inference:
             raise UnknownModel(f"no model {model_id!r} here, there are: {', '.join(sorted(self.codecs))}")
 
     async def infer(
-        self, camera: str, bitstream: Bitstream, tasks: Sequence[str], *, expires_unix_us: int = 0
+        self,
+        camera: str,
+        bitstream: Bitstream,
+        tasks: Sequence[str],
+        *,
+        expires_unix_us: int = 0,
+        min_score: float = 0.0,
     ) -> Inferred | None:
         """Decodes a frame and runs `tasks` on it. None if its time was over when its batch began.
 
-        `camera`: whose turn it takes. `expires_unix_us`: 0 means never. Raises UnknownModel, InvalidBitstream,
-        InvalidInput for an unknown task, Overloaded where there is no room.
+        `camera`: whose turn it takes. `expires_unix_us`: 0 means never. `min_score`: what scores below it is left out,
+        and no mask is made for it. Raises UnknownModel, InvalidBitstream, InvalidInput for an unknown task, Overloaded
+        where there is no room.
         """
         self.require_model(bitstream.model_id)
         codec = self.codecs[bitstream.model_id]
@@ -126,7 +134,7 @@ class Inference:
         bits.check_streams(bitstream, codec.tables_z, coded_as.z, coded_as.y)  # before anything of that size is made
         if unknown := [name for name in tasks if name not in self.tasks]:
             raise InvalidInput(f"no task {unknown[0]!r} here, there are: {', '.join(self.tasks)}")
-        job = _Job(bitstream, tuple(tasks), expires_unix_us)
+        job = _Job(bitstream, tuple(tasks), expires_unix_us, min_score)
         shape = (bitstream.model_id, bitstream.height, bitstream.width, job.tasks)
         self._jobs[bitstream.model_id] += 1
         try:
@@ -160,7 +168,7 @@ class Inference:
     def _warm_up(self, codec: Codec, tasks: tuple[str, ...]) -> None:
         bitstream = codec.encode(Frame(np.full((*_WARM_UP_SIZE, 3), 128, np.uint8)))
         symbols = self._unpackers.submit(codec.unpack, bitstream).result()
-        self._network.submit(self._see, codec, tasks, [symbols]).result()
+        self._network.submit(self._see, codec, tasks, [symbols], [0.0]).result()
 
     async def _run(self, jobs: Sequence[_Job]) -> list[_Seen | Exception | None]:
         loop = asyncio.get_running_loop()
@@ -182,9 +190,15 @@ class Inference:
                 good.append((i, *result))
         if good:
             symbols = [each for _, each, _ in good]
+            min_scores = [jobs[i].min_score for i, _, _ in good]
             try:
                 frames, outputs, synthesise_s = await loop.run_in_executor(
-                    self._network, self._see, self.codecs[jobs[0].bitstream.model_id], jobs[0].tasks, symbols
+                    self._network,
+                    self._see,
+                    self.codecs[jobs[0].bitstream.model_id],
+                    jobs[0].tasks,
+                    symbols,
+                    min_scores,
                 )
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise Overloaded(f"no memory for a batch of {len(symbols)} frames: {error}") from error
@@ -200,9 +214,9 @@ class Inference:
         return symbols, taken_s
 
     def _see(
-        self, codec: Codec, tasks: Sequence[str], symbols: Sequence[Symbols]
+        self, codec: Codec, tasks: Sequence[str], symbols: Sequence[Symbols], min_scores: Sequence[float]
     ) -> tuple[list[Frame], list[tuple[TaskOutput, ...]], float]:
-        """The pictures of a batch, and what each task sees in them."""
+        """The pictures of a batch, and what each task sees in them with at least each one's score."""
         start = time.perf_counter()
         frames = codec.synthesise(symbols)
         synthesise_s = time.perf_counter() - start
@@ -211,10 +225,15 @@ class Inference:
         by_task = []
         for name in tasks:
             start = time.perf_counter()
-            found = self.tasks[name].predict(images)
+            found = self.tasks[name].predict(images, min(min_scores))
             task_s = time.perf_counter() - start
             self._metrics.task_seconds.labels(name).observe(task_s)
-            by_task.append([TaskOutput(self.tasks[name], detections, task_s) for detections in found])
+            by_task.append(
+                [
+                    TaskOutput(self.tasks[name], detections.at_least(score), task_s)
+                    for detections, score in zip(found, min_scores, strict=True)
+                ]
+            )
         return frames, [tuple(outputs[i] for outputs in by_task) for i in range(len(frames))], synthesise_s
 
 

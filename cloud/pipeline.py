@@ -260,7 +260,11 @@ class Pipeline:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 inferred = await self.inference.infer(
-                    frame.name.camera, frame.bitstream, self.tasks, expires_unix_us=frame.expires_us
+                    frame.name.camera,
+                    frame.bitstream,
+                    self.tasks,
+                    expires_unix_us=frame.expires_us,
+                    min_score=self._min_score,
                 )
                 if inferred is None:
                     return None
@@ -357,7 +361,7 @@ class Pipeline:
 
     async def _detections_event(self, frame: ReceivedFrame, inferred: Inferred) -> detection_pb2.DetectionEvent:
         event = self._frame_event(frame, common_pb2.OUTCOME_DETECTIONS)
-        event.results.extend(await asyncio.to_thread(events.task_results, inferred, self._min_score))
+        event.results.extend(await asyncio.to_thread(events.task_results, inferred))
         event.timings.CopyFrom(events.timings(inferred, (self._unix_us() - frame.received_us) / 1e6))
         return event
 

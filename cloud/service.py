@@ -89,11 +89,13 @@ class DetectionService(detection_pb2_grpc.DetectionServiceServicer):
         coded = bits.from_bytes(request.bitstream, inference.codecs.keys(), max_pixels=limits.max_pixels)
         # Each caller's address takes turns like a camera.
         caller = f"detect {context.peer().rpartition(':')[0]}"
-        inferred = await inference.infer(caller, coded, list(request.tasks) or pipeline.tasks)
+        inferred = await inference.infer(
+            caller, coded, list(request.tasks) or pipeline.tasks, min_score=request.min_score
+        )
         if inferred is None:
             raise Unavailable("the request's time was over before its batch began")
         response = detection_pb2.DetectResponse(
-            results=await asyncio.to_thread(events.task_results, inferred, request.min_score),
+            results=await asyncio.to_thread(events.task_results, inferred),
             width=coded.width,
             height=coded.height,
             model_id=coded.model_id,

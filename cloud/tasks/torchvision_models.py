@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,7 +57,10 @@ class TorchvisionDetector:
         self.kind = _kind_of(model)
         self.model_id = model_id or state_hash(model)
         self._device = torch.device(device)
-        if isinstance(model, GeneralizedRCNN):  # quicker by an eighth to a fifth on a CPU, where SSDlite is slower
+        self._heads: Any = getattr(model, "roi_heads", None)
+        if self._heads is not None:
+            self._least_score = float(self._heads.score_thresh)
+            # quicker by an eighth to a fifth on a CPU, where SSDlite is slower
             self.model.backbone.to(memory_format=torch.channels_last)
         transform: Any = self.model.transform
         if self.kind is TaskKind.INSTANCE_SEGMENTATION and not isinstance(transform, DecidedMasks):
@@ -69,6 +73,8 @@ class TorchvisionDetector:
         if not images:
             return []
         self.model.eval()
+        if self._heads is not None:  # no masks and keypoints for boxes that are left out
+            self._heads.score_thresh = max(self._least_score, _just_below(min_score))
         outputs = (output for batch in self._batches(as_floats(images, self._device)) for output in self.model(batch))
         return [self._detections(output).at_least(min_score) for output in outputs]
 
@@ -119,6 +125,11 @@ class TorchvisionDetector:
         features = self.model.backbone(batch.tensors)
         # pooled extra levels repeat what is there; c5 of the bundled trunk is not of the pyramid
         return [v for k, v in features.items() if k not in ("pool", "p6", "p7", "c5")]
+
+
+def _just_below(score: float) -> float:
+    """The number before it, for a comparison of float32 that leaves it out."""
+    return float(np.nextafter(np.float32(score), np.float32(0)))
 
 
 def _kind_of(model: nn.Module) -> TaskKind:

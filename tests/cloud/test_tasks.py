@@ -140,6 +140,19 @@ def test_what_is_found_in_a_picture_does_not_depend_on_those_beside_it(bundled: 
         assert torch.equal(one.scores, other.scores)
 
 
+def test_a_least_score_leaves_out_what_is_below_it_and_changes_nothing_else(bundled: Any) -> None:
+    [every] = bundled.predict([photograph("astronaut")])
+    for score in (0.1, float(every.scores[3]), 0.0):
+        [some] = bundled.predict([photograph("astronaut")], score)
+        expected = every.at_least(score)
+        assert len(some) > 3
+        assert torch.equal(some.boxes, expected.boxes)
+        assert torch.equal(some.scores, expected.scores)
+        if expected.masks is not None:
+            assert some.masks is not None
+            assert torch.equal(some.masks, expected.masks)
+
+
 def test_the_mask_network_finds_the_boxes_that_the_box_network_finds() -> None:
     boxes, masks = (load_task(name).predict([photograph("astronaut")])[0] for name in BUNDLED)
     torch.testing.assert_close(boxes.boxes, masks.boxes)
