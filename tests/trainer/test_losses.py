@@ -126,8 +126,9 @@ def test_gradient_norms_are_those_of_the_weighted_terms(pictures):
 
 def test_own_detections_of_a_mask_network_are_labels_with_masks(pictures):
     torch.manual_seed(0)
-    task = TorchvisionDetector(BundledRCNN(masks=True), "test")
-    task.model.roi_heads.score_thresh = 0.0  # random weights are sure of nothing
+    model = BundledRCNN(masks=True)
+    model.roi_heads.score_thresh = 0.0  # random weights are sure of nothing
+    task = TorchvisionDetector(model, "test")
     network = FrozenNetwork("test", task.model.backbone, 320, task)
     x, _ = pictures
     labels = network.detections(x, SCALE, min_score=0.0)
