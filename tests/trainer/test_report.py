@@ -225,7 +225,7 @@ def test_examples_cost_no_more_than_sightlines(evaluation: Evaluation, codec) ->
 def test_effort_is_one_more_series_whose_pictures_are_coded_once(
     settings: EvaluateSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two_steps = replace(settings, effort=(2,), anchors=("jpeg",), qualities=(6.0,), sizes=(50,), examples=())
+    two_steps = replace(settings, effort=(2,), anchors=("jpeg",), qualities=(6.0,), reduced=("6@50",), examples=())
     found = evaluate(two_steps)
     assert found.series == ("sightline-detection", "sightline-detection-effort2")
     for name in found.series:
@@ -262,8 +262,8 @@ def test_settings_that_cannot_work_are_refused(settings: EvaluateSettings) -> No
         replace(settings, tasks=())
     with pytest.raises(InvalidSettings, match="effort: at least 1 step"):
         replace(settings, effort=(0,))
-    with pytest.raises(InvalidSettings, match="sizes: percent below 100"):
-        replace(settings, sizes=(50, 100))
+    with pytest.raises(InvalidSettings, match="reduced: expected QUALITY@PERCENT"):
+        replace(settings, reduced=("6@50", "6@100"))
     with pytest.raises(InvalidSettings, match="qualities: at least one"):
         replace(settings, qualities=())
     with pytest.raises(InvalidSettings, match="workers"):

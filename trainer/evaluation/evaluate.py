@@ -57,8 +57,8 @@ class EvaluateSettings:
     test. `cityscapes_labels`: coco for networks with COCO's label space, cityscapes for the eight thing classes
     numbered from 1. `image_ids`: only these pictures of a COCO-format set. `image_list`: only the pictures in this JSON
     file, a list of ids or an object with "image_ids". `anchors`: jpeg, hevc[:PRESET], av1[:CPU_USED], vvc[:PRESET].
-    `qualities`: the codecs' points, 1 to 8. `sizes`: percent of the pictures' sides at which the lowest of them is used
-    once more, as the anchors' grids have all theirs: rates below the codec's own. `effort`: of these numbers of
+    `qualities`: the codecs' points, 1 to 8. `reduced`: more of their points, as QUALITY@PERCENT of the pictures' sides,
+    for the anchors' grids have such points too. `effort`: of these numbers of
     gradient steps a picture, each codec once more, its files kept in the cache. `workers`: encoders and decoders at a
     time. `draws`: resampled sets of pictures for the intervals. `encode_missing`: whether anchors' points that the
     cache lacks are encoded; otherwise only points that it has for every picture are used. `device`: where networks and
@@ -80,7 +80,7 @@ class EvaluateSettings:
     image_list: Path | None = None
     anchors: tuple[str, ...] = ANCHORS
     qualities: tuple[float, ...] = QUALITIES
-    sizes: tuple[int, ...] = ()
+    reduced: tuple[str, ...] = ()
     effort: tuple[int, ...] = ()
     workers: int = 2
     draws: int = 500
@@ -98,8 +98,8 @@ class EvaluateSettings:
             raise InvalidSettings("evaluate: give image_ids or image_list, not both")
         if not self.qualities:
             raise InvalidSettings("evaluate: qualities: at least one is needed")
-        if any(not 1 <= percent < 100 for percent in self.sizes):
-            raise InvalidSettings(f"evaluate: sizes: percent below 100, at least 1, got {self.sizes}")
+        for name in self.reduced:
+            _reduced_point(name)
         if any(steps < 1 for steps in self.effort):
             raise InvalidSettings(f"evaluate: effort: at least 1 step, got {self.effort}")
         if self.workers < 1 or self.draws < 1:
@@ -147,8 +147,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     codecs = {short_name(name): _load_codec(name, settings.device) for name in settings.codecs}
     store = CodedStore(settings.cache_dir / "anchors")
     anchors = [AnchorSeries(a, store, tuple(a.points)) for a in map(anchor_by_name, settings.anchors)]
-    reduced = (Quality(min(settings.qualities), percent) for percent in settings.sizes)
-    grid = (*reduced, *map(Quality, settings.qualities))
+    grid = (*map(_reduced_point, settings.reduced), *map(Quality, settings.qualities))
     laboured = [
         EffortSeries(f"sightline-{n}-effort{k}", codec, grid, k, labourer(codec, k), store)
         for n, codec in codecs.items()
@@ -189,6 +188,18 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     model_ids = {name: codec.model_id for name, codec in codecs.items()}
     task_ids = {short_name(name): task.model_id for name, task in zip(names, tasks, strict=True)}
     return Evaluation(settings, pictures, series, rivals, model_ids, tuple(results), task_ids)
+
+
+def _reduced_point(name: str) -> Quality:
+    """`name`: QUALITY@PERCENT. Raises InvalidSettings."""
+    quality, _, percent = name.partition("@")
+    try:
+        point = Quality(float(quality), int(percent))
+    except ValueError:
+        point = Quality(0.0)
+    if not (1 <= point.quality <= 8 and 1 <= point.scale < 100):
+        raise InvalidSettings(f"evaluate: reduced: expected QUALITY@PERCENT, 1 to 8 and below 100, got {name!r}")
+    return point
 
 
 def short_name(name: str) -> str:

@@ -49,7 +49,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
             "min_overlap": MIN_OVERLAP,
             "working_share": WORKING_SHARE,
             "qualities": list(settings.qualities),
-            "sizes": list(settings.sizes),
+            "reduced": list(settings.reduced),
         },
         "environment": environment(evaluation),
         "codecs": evaluation.model_ids,

@@ -4,7 +4,7 @@ Each is a series of settings; a setting codes a picture at a cost in bits and ca
 
 * original: one setting; bits are its file, as it came; a decoded picture is known by its pixels.
 * an anchor: its grid; bits are the picture's (see `bits`); known by the coded bytes and how they are decoded.
-* Sightline: qualities, and the lowest one at reduced sizes; bits are the whole .slc, header and all; known by its
+* Sightline: qualities, some of them at reduced sizes too; bits are the whole .slc, header and all; known by its
   decoded pixels, because the transforms may change while the weights do not.
 * Sightline with effort: the same, its codings stored.
 * unquantised: one setting, no bits: g_s(g_a(x)), a control; known by its decoded pixels.
