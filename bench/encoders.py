@@ -40,7 +40,7 @@ HEVC = ("-c:v", "libx265", "-preset", "medium", "-g", "1", "-x265-params", "qp={
 AV1 = ("-c:v", "libsvtav1", "-preset", "8", "-g", "1", "-crf", "{q}", "-pix_fmt", "yuv420p10le")
 NOTHING = ("-c:v", "rawvideo", "-pix_fmt", "yuv420p")
 GRID = {"x265 medium": (HEVC, "hevc", ((27, 100), (37, 100))), "SVT-AV1 preset 8": (AV1, "ivf", ((35, 100), (55, 100)))}
-VVC_POINTS = ((47, 50), (42, 50), (37, 50), (32, 50), (37, 75), (32, 100))
+VVC_POINTS = ((47, 50), (42, 50), (37, 50), (32, 50), (37, 75), (22, 50), (32, 100))
 QUALITIES = (1, 2, 3, 4, 5)
 
 
