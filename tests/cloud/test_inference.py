@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from cloud.batching import BatchLimits
@@ -65,6 +66,19 @@ def best_person(inferred: Inferred | None) -> tuple[float, list[float]]:
     found = inferred.outputs[0].detections
     people = np.flatnonzero(found.category_ids.numpy() == PERSON)
     return max((float(found.scores[i]), found.boxes[i].tolist()) for i in people)
+
+
+async def test_frames_of_one_batch_have_their_own_least_scores(
+    inference: Inference, codec: Codec, astronaut: Frame
+) -> None:
+    coded = codec.encode(astronaut, 6)
+    scores = []
+    for seen in await asyncio.gather(*(inference.infer("gate", coded, [NETWORK], min_score=s) for s in (0.0, 0.5))):
+        assert seen is not None
+        scores.append(seen.outputs[0].detections.scores)
+    assert float(scores[0].min()) < 0.1
+    assert torch.equal(scores[1], scores[0][scores[0] >= 0.5])
+    assert len(scores[1]) > 0
 
 
 async def test_a_person_is_found_on_the_decoded_photograph_also_within_a_batch(
