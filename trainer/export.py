@@ -6,7 +6,7 @@ integers cost in rate, and writes fp16 weights. What training needs to go on is 
 in fp16 as `training.*`, and the float h_s and context model as their integers say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def export_bundle(
     model = model.eval().float()
     medians = model.medians()
     if "ranges" not in info:
-        info = {**info, "ranges": {"g_a": rounded(ranges(model.g_a, (picture[None] for picture in calibration)))}}
+        info = {**info, "ranges": activation_ranges(model, calibration)}
     arrays: dict[str, NDArray[Any]] = {}
     for prefix in ("g_a", "h_a", "g_s"):
         for key, value in getattr(model, prefix).state_dict().items():
@@ -77,9 +77,10 @@ def export_bundle(
     return save_bundle(folder, name=name, architecture=model.arch, skip_below=SKIP_BELOW, arrays=arrays, info=info)
 
 
-def rounded(values: Sequence[float]) -> list[float]:
-    """To four significant digits, for a manifest."""
-    return [float(f"{value:.4g}") for value in values]
+def activation_ranges(model: TrainableCodec, pictures: Iterable[Tensor]) -> dict[str, list[float]]:
+    """A manifest's `ranges`, to four significant digits. `pictures`: [3, H, W] in [0, 1], sides multiples of 16."""
+    largest = ranges(model.eval().float().g_a, (picture[None] for picture in pictures))
+    return {"g_a": [float(f"{value:.4g}") for value in largest]}
 
 
 @torch.no_grad()

@@ -29,11 +29,10 @@ from torch.utils.data import DataLoader
 
 from cloud.tasks.checkpoints import load_strictly
 from shared.codec.codec import fast_dtype
-from shared.codec.eight_bit import ranges
 from shared.errors import InvalidInput, NumericalError
 from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, starting_model
 from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
-from trainer.export import rounded
+from trainer.export import activation_ranges
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
 from trainer.latents import start_from_blocks, widened
@@ -387,8 +386,8 @@ def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictur
     large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=settings.zoom)
     shown = (torch.from_numpy(large[i][0]).permute(2, 0, 1).float() / 255 for i in range(RANGE_CROPS))
     calibration = list(islice(shown, CALIBRATION_CROPS))
-    largest = ranges(codec.eval().float().g_a, (picture[None] for picture in chain(calibration, shown)))
+    ranges = activation_ranges(codec, chain(calibration, shown))
     write_bundle(
-        replace(settings, resume=None), codec, calibration, folder, ranges={"g_a": rounded(largest)},
+        replace(settings, resume=None), codec, calibration, folder, ranges=ranges,
         pictures=pictures, steps=module.steps_done, elapsed_s=module.elapsed_s, curve=best, device=str(module.device),
     )  # fmt: skip

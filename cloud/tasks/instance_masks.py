@@ -14,18 +14,13 @@ from torch.nn import functional
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from cloud.tasks.adopting import Adopting
+
 THRESHOLD = 0.5
 
 
-class DecidedMasks(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision is untyped
+class DecidedMasks(Adopting, GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's transform, which gives "masks" as bool [N, height, width] instead of float32 [N, 1, ...]."""
-
-    @classmethod
-    def adopt(cls, transform: GeneralizedRCNNTransform) -> "DecidedMasks":
-        """The same transform, with this class's masks."""
-        adopted = cls.__new__(cls)
-        adopted.__dict__.update(transform.__dict__)
-        return adopted
 
     def postprocess(
         self,

@@ -7,6 +7,8 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import box_area
 
+from cloud.tasks.adopting import Adopting
+
 IGNORED_OVERLAP = 0.5  # a box with more of its area in an ignored region is not used as background
 
 
@@ -21,18 +23,11 @@ def overlap_with_ignored(boxes: Tensor, ignored: Tensor) -> Tensor:
     return share
 
 
-class PartialTruthRoIHeads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
+class PartialTruthRoIHeads(Adopting, RoIHeads):  # type: ignore[misc]  # torchvision is untyped
     """In training, `targets[i]["ignore"]` [K, 4] (xyxy) is no background, and masks count where "has_mask" says so.
 
     Without "has_mask" every object has one; without "masks" the mask loss is zero. At inference it is torchvision's.
     """
-
-    @classmethod
-    def adopt(cls, heads: RoIHeads) -> "PartialTruthRoIHeads":
-        """The same heads, with this class's losses."""
-        adopted = cls.__new__(cls)
-        adopted.__dict__.update(heads.__dict__)
-        return adopted
 
     def has_mask(self) -> bool:
         return not self.training and super().has_mask()

@@ -58,12 +58,12 @@ class EvaluateSettings:
     numbered from 1. `image_ids`: only these pictures of a COCO-format set. `image_list`: only the pictures in this JSON
     file, a list of ids or an object with "image_ids". `anchors`: jpeg, hevc[:PRESET], av1[:CPU_USED], vvc[:PRESET].
     `qualities`: the codecs' points, 1 to 8. `reduced`: more of their points, as QUALITY@PERCENT of the pictures' sides,
-    for the anchors' grids have such points too. `effort`: of these numbers of
-    gradient steps a picture, each codec once more, its files kept in the cache. `workers`: encoders and decoders at a
-    time. `draws`: resampled sets of pictures for the intervals. `encode_missing`: whether anchors' points that the
-    cache lacks are encoded; otherwise only points that it has for every picture are used. `device`: where networks and
-    codecs run, cpu or cuda. `examples`: photographs that may be passed on, to be shown as each codec leaves them at
-    equal bits. `example_quality`: of the codec in them.
+    for the anchors' grids have such points too. `effort`: of these numbers of gradient steps a picture, each codec once
+    more, its files kept in the cache. `workers`: encoders and decoders at a time. `draws`: resampled sets of pictures
+    for the intervals. `encode_missing`: whether anchors' points that the cache lacks are encoded; otherwise only points
+    that it has for every picture are used. `device`: where networks and codecs run, cpu or cuda. `examples`:
+    photographs that may be passed on, to be shown as each codec leaves them at equal bits. `example_quality`: of the
+    codec in them.
     """
 
     out_dir: Path
@@ -196,8 +196,8 @@ def _reduced_point(name: str) -> Quality:
     try:
         point = Quality(float(quality), int(percent))
     except ValueError:
-        point = Quality(0.0)
-    if not (1 <= point.quality <= 8 and 1 <= point.scale < 100):
+        point = None
+    if point is None or not (1 <= point.quality <= 8 and 1 <= point.scale < 100):
         raise InvalidSettings(f"evaluate: reduced: expected QUALITY@PERCENT, 1 to 8 and below 100, got {name!r}")
     return point
 
