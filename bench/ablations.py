@@ -27,7 +27,7 @@ from bench.effort import gain
 from trainer.checkpoints import read_checkpoint, save_checkpoint, starting_model
 from trainer.crops import Crops, collate, list_pictures, tuning_pictures
 from trainer.frozen import load_frozen
-from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
+from trainer.harvest import Curve, TuningView, measure_curve, rate_gap, tuning_tensors
 from trainer.losses import TaskLoss
 from trainer.schedule import Schedule
 from trainer.settings import TrainSettings
@@ -200,7 +200,8 @@ def _make_variant(name: str, given: argparse.Namespace, tuning: list[Tensor], ta
     train_codec(settings)
     last = settings.out / "last.pt"
     state = read_checkpoint(last)
-    curve = measure_curve(starting_model(str(last), None), tuning, task, scale=1.0, step=state["step"], bf16=True)
+    views = [TuningView(tuning, scale=1.0)]
+    curve = measure_curve(starting_model(str(last), None), views, task, step=state["step"], bf16=True)
     return {"steps": state["step"], "minutes": state["elapsed_s"] / 60, "curve": curve.as_dict()}
 
 

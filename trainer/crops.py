@@ -5,11 +5,11 @@ mirroring, zoom and quality level come from a generator seeded with (seed, n). D
 uint8 up to a bound; what does not fit is decoded each time.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from shared.codec.bundle import SCALE_STEPS
 from shared.errors import InvalidImage, InvalidInput
 from trainer.data import Example, load_coco, tuning_ids
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 BETWEEN_LEVELS = 0.3  # odds that a crop's quality lies between levels
+SIZE_JITTER = 1.25
+QUALITY_REACH = 1.5
 MIN_VISIBLE = 0.35  # an object of which less is left after cropping is ignored, not background
 
 
@@ -43,12 +46,25 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Crop:
+    """One crop of a `CropBatch`, see there; pictures are [side, side, 3]."""
+
+    pixels: NDArray[np.uint8]
+    original: NDArray[np.uint8] | None
+    quality_steps: int
+    target: dict[str, Tensor] | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class CropBatch:
-    """`crops`: uint8 [B, 3, crop, crop], channels-last in memory. `quality_steps`: int64 [B], in 1/256 of a level.
-    `targets`: torchvision's, None without annotations. `names`: file names, for messages.
+    """`crops`: uint8 [B, 3, side, side], channels-last in memory. `originals`: what they were before they were resized,
+    uint8 [B, 3, S, S], None where the pictures were resized before cropping. `quality_steps`: int64 [B], in 1/256 of a
+    level. `targets`: torchvision's, None without annotations. `names`: file names, for messages.
     """
 
     crops: Tensor
+    originals: Tensor | None
     quality_steps: Tensor
     targets: list[dict[str, Tensor]] | None
     names: tuple[str, ...]
@@ -84,8 +100,46 @@ def is_for_tuning(path: Path) -> bool:
     return re.fullmatch(r"\d{12}\.jpg", path.name) is not None and int(path.stem) in tuning_ids()
 
 
-class Crops(Dataset[tuple[Any, ...]]):
-    """Crop number -> (uint8 [crop, crop, 3], quality steps, target or None, name)."""
+@dataclass(frozen=True, slots=True)
+class CodedSizes:
+    """How large pictures are when they are coded, so that crops can be of the same size.
+
+    `scales`: sides at quality 1 to 8, in 1/16 of the frame's. `frame_scale`: how much larger frames are than the
+    pictures trained on, side by side. `short_side`: pixels of a frame's short side.
+
+    A crop is what a window of the picture becomes when it is resized. The frozen network is shown both, and what it
+    sees in the window itself is what is wanted of the decoded crop: resizing is part of what coding costs.
+
+    A step has one size, for a frozen network sees all of a batch at one scale: that of a quality drawn for the step,
+    times a factor of up to SIZE_JITTER either way. Its crops' qualities lie within QUALITY_REACH of that quality.
+    """
+
+    scales: tuple[int, ...]
+    frame_scale: float
+    short_side: int
+
+    def zoom(self, quality: float) -> float:
+        """The factor by which a picture is resized for a quality in [1, 8]; pictures are not enlarged."""
+        side = float(np.interp(quality, np.arange(1, len(self.scales) + 1), self.scales))
+        return min(1.0, side / SCALE_STEPS * self.frame_scale)
+
+    def of_step(self, seed: int, step: int) -> tuple[float, float]:
+        """The quality drawn for a step, in [1, 8], and the factor by which its pictures are resized."""
+        rng = np.random.default_rng((seed, 3, step))
+        quality = float(rng.uniform(1, len(self.scales)))
+        return quality, min(1.0, self.zoom(quality) * float(np.exp(rng.uniform(-1, 1) * np.log(SIZE_JITTER))))
+
+    def share(self, zoom: float) -> float:
+        """How large a picture resized by `zoom` is beside the frame it stands for, side by side."""
+        return zoom / self.frame_scale
+
+    def crop(self, most: int, zoom: float) -> int:
+        """Side of a step's crops: `most`, or about the short side of its pictures where that is less."""
+        return min(most, 64 * max(1, round(self.short_side * self.share(zoom) / 64)))
+
+
+class Crops(Dataset[Crop]):
+    """Crop number -> Crop."""
 
     def __init__(
         self,
@@ -97,35 +151,51 @@ class Crops(Dataset[tuple[Any, ...]]):
         targets: bool = False,
         masks: bool = False,
         quality: int | None = None,
+        sizes: CodedSizes | None = None,
+        batch: int = 1,
         cache_bytes: int = 4 << 30,
     ) -> None:
-        """`quality`: of all crops, 1 to 8; None draws one for each."""
+        """`quality`: of all crops, 1 to 8; None draws one for each. With `sizes`, those of each step's `batch` crops
+        follow from them, instead of from `zoom`."""
         self.pictures, self.crop, self.seed, self.zoom = list(pictures), crop, seed, zoom
         self.targets, self.masks, self.quality = targets, masks, quality
+        self.sizes, self.batch = sizes, batch
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._room = cache_bytes
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
-    def __getitem__(self, number: int) -> tuple[NDArray[np.uint8], int, dict[str, Tensor] | None, str]:
+    def __getitem__(self, number: int) -> Crop:
         index = self._index(number)
         rng = np.random.default_rng((self.seed, 1, number))
         picture = self.pictures[index]
         factor = float(np.exp(rng.uniform(np.log(self.zoom[0]), np.log(self.zoom[1])))) if self.zoom != (1, 1) else 1.0
-        rgb = resized(self._read(index), factor)
+        crop, low, high = self.crop, 1.0, 8.0
+        if self.sizes is not None:
+            quality, factor = self.sizes.of_step(self.seed, number // self.batch)
+            crop = self.sizes.crop(self.crop, factor)
+            low, high = max(low, quality - QUALITY_REACH), min(high, quality + QUALITY_REACH)
+        window = crop if self.sizes is None else round(crop / factor)  # of what is cropped, which is then resized
+        rgb = self._read(index) if self.sizes is not None else resized(self._read(index), factor)
         height, width = rgb.shape[:2]
-        top, left = (int(rng.integers(0, max(0, side - self.crop) + 1)) for side in (height, width))
+        top, left = (int(rng.integers(0, max(0, side - window) + 1)) for side in (height, width))
         mirrored = bool(rng.random() < 0.5)
-        steps = int(rng.integers(256, 2049)) if rng.random() < BETWEEN_LEVELS else 256 * int(rng.integers(1, 9))
+        if rng.random() < BETWEEN_LEVELS:
+            steps = int(rng.integers(round(256 * low), round(256 * high) + 1))
+        else:
+            steps = 256 * int(rng.integers(math.ceil(low), math.floor(high) + 1))
         if self.quality is not None:  # after the draw, so that the crops are those of a run of all qualities
             steps = 256 * self.quality
-        part = rgb[top : top + self.crop, left : left + self.crop]
-        short = (self.crop - part.shape[0], self.crop - part.shape[1])
+        part = rgb[top : top + window, left : left + window]
+        short = (window - part.shape[0], window - part.shape[1])
         if any(short):
             part = np.pad(part, ((0, short[0]), (0, short[1]), (0, 0)), mode="edge")
+        part = np.ascontiguousarray(part[:, ::-1] if mirrored else part)
         target = None
         if self.targets and picture.example is not None:
-            target = crop_targets(picture.example, (height, width), (left, top, self.crop), mirrored, masks=self.masks)
-        return np.ascontiguousarray(part[:, ::-1] if mirrored else part), steps, target, picture.path.name
+            top, left, height, width = (round(side * crop / window) for side in (top, left, height, width))
+            target = crop_targets(picture.example, (height, width), (left, top, crop), mirrored, masks=self.masks)
+        original = None if self.sizes is None else part
+        return Crop(resized_to(part, (crop, crop)), original, steps, target, picture.path.name)
 
     def _index(self, number: int) -> int:
         epoch, place = divmod(number, len(self.pictures))
@@ -147,8 +217,14 @@ def resized(rgb: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     """A picture [H, W, 3] with both sides times `factor`, bicubic."""
     if factor == 1.0:
         return rgb
-    size = (max(1, round(rgb.shape[1] * factor)), max(1, round(rgb.shape[0] * factor)))
-    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    return resized_to(rgb, (max(1, round(rgb.shape[0] * factor)), max(1, round(rgb.shape[1] * factor))))
+
+
+def resized_to(rgb: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A picture [H, W, 3] of another height and width, bicubic."""
+    if rgb.shape[:2] == size:
+        return rgb
+    return np.array(Image.fromarray(rgb).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=2.0))
 
 
 def crop_targets(
@@ -193,15 +269,20 @@ def _crop_masks(
     return placed.flip(2) if mirrored else placed
 
 
-def collate(items: Sequence[tuple[NDArray[np.uint8], int, dict[str, Tensor] | None, str]]) -> CropBatch:
-    crops, steps, targets, names = zip(*items, strict=True)
-    labelled = [t for t in targets if t is not None]
+def collate(items: Sequence[Crop]) -> CropBatch:
+    labelled = [item.target for item in items if item.target is not None]
+    originals = [item.original for item in items if item.original is not None]
     return CropBatch(
-        crops=torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2),
-        quality_steps=torch.tensor(steps),
+        crops=_stacked([item.pixels for item in items]),
+        originals=_stacked(originals) if originals else None,
+        quality_steps=torch.tensor([item.quality_steps for item in items]),
         targets=labelled if len(labelled) == len(items) else None,
-        names=tuple(names),
+        names=tuple(item.name for item in items),
     )
+
+
+def _stacked(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 class CropNumbers(Sampler[list[int]]):
@@ -224,6 +305,7 @@ def move(batch: CropBatch, device: torch.device) -> CropBatch:
     targets: list[Mapping[str, Tensor]] | None = batch.targets  # type: ignore[assignment]
     return CropBatch(
         batch.crops.to(device, non_blocking=True),
+        None if batch.originals is None else batch.originals.to(device, non_blocking=True),
         batch.quality_steps.to(device, non_blocking=True),
         None if targets is None else [{k: v.to(device) for k, v in t.items()} for t in targets],
         batch.names,

@@ -30,7 +30,7 @@ from trainer.checkpoints import read_checkpoint, save_checkpoint
 from trainer.crops import Picture, list_pictures, spread, tuning_pictures
 from trainer.export import coded_at_all_levels, export_bundle, trainable_from_bundle
 from trainer.frozen import load_frozen
-from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
+from trainer.harvest import Curve, TuningView, measure_curve, rate_gap, tuning_tensors
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS, TrainableCodec
 from trainer.provenance import commit, curve_table, hardware, integer_cost_lines
@@ -244,7 +244,7 @@ def _restore(path: Path, model: TrainableCodec, optimiser: Any, schedule: Any) -
 def _curve(model: TrainableCodec, tuning: list[Tensor], task: TaskLoss, step: int) -> Curve:
     if not task.variances:
         task.calibrate(tuning[0][None].float() / 255, 1.0)
-    return measure_curve(model, tuning, task, scale=1.0, step=step, bf16=False)
+    return measure_curve(model, [TuningView(tuning, scale=1.0)], task, step=step, bf16=False)
 
 
 def _calibration(pictures: list[Picture]) -> list[Tensor]:

@@ -76,9 +76,13 @@ class FrozenNetwork:
         self.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
-    def features(self, images: Tensor, scale: float) -> dict[str, Tensor]:
-        """Features of the trunk (early ones, and its pyramid, where it has one), differentiable in `images`."""
-        height, width = (max(PAD_TO, round(side * scale / PAD_TO) * PAD_TO) for side in images.shape[2:])
+    def features(self, images: Tensor, scale: float, like: Tensor | None = None) -> dict[str, Tensor]:
+        """Features of the trunk (early ones, and its pyramid, where it has one), differentiable in `images`.
+
+        `like`: pictures of another size of the same scene; these are seen as large as those would be at `scale`.
+        """
+        sides = (images if like is None else like).shape[2:]
+        height, width = (max(PAD_TO, round(side * scale / PAD_TO) * PAD_TO) for side in sides)
         if (height, width) != tuple(images.shape[2:]):
             images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
         early: dict[str, Tensor] = {}

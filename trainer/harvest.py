@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.crops import Picture, resized, spread
+from trainer.crops import Picture, resized, resized_to, spread
 from trainer.losses import TaskLoss
 from trainer.model import LEVELS, TrainableCodec
 
@@ -38,6 +39,22 @@ class Curve:
         return Curve(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class TuningView:
+    """Tuning pictures as they are coded at some qualities: uint8 [3, H, W], sides multiples of 64.
+
+    `scale`: how the frozen network's own resize scales them. `area`: share of a frame's pixels that one of theirs
+    stands for; bits are counted by pixel of the frame. `originals`: the pictures before they were resized, whose
+    features are what is wanted; None where they were not.
+    """
+
+    pictures: Sequence[Tensor]
+    scale: float
+    area: float = 1.0
+    qualities: tuple[int, ...] = tuple(range(1, LEVELS + 1))
+    originals: Sequence[Tensor] | None = None
+
+
 def tuning_tensors(
     pictures: Sequence[Picture], count: int, zoom: tuple[float, float] = (1.0, 1.0), side: int = SIDE
 ) -> list[Tensor]:
@@ -46,40 +63,63 @@ def tuning_tensors(
     `zoom`: range of the factors that training resizes by; these are resized by its geometric mean.
     """
     factor = (zoom[0] * zoom[1]) ** 0.5
-    tensors = []
+    read = (resized(picture.read(), factor) for picture in spread(pictures, count))
+    parts = (_middle(rgb, [min(own, side) // ALIGN * ALIGN for own in rgb.shape[:2]]) for rgb in read)
+    return [_tensor(part) for part in parts if part.size]
+
+
+def tuning_pairs(pictures: Sequence[Picture], count: int, zoom: float, side: int = SIDE) -> list[tuple[Tensor, Tensor]]:
+    """The middle parts of `count` pictures, and the same resized by `zoom` to sizes as above."""
+    pairs = []
     for picture in spread(pictures, count):
-        rgb = resized(picture.read(), factor)
-        height, width = (min(own, side) // ALIGN * ALIGN for own in rgb.shape[:2])
-        if min(height, width) == 0:
-            continue
-        top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
-        part = rgb[top : top + height, left : left + width]
-        tensors.append(torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1))
-    return tensors
+        rgb = picture.read()
+        height, width = (min(int(own * zoom), side) // ALIGN * ALIGN for own in rgb.shape[:2])
+        if min(height, width):
+            part = _middle(rgb, [round(own / zoom) for own in (height, width)])
+            pairs.append((_tensor(part), _tensor(resized_to(part, (height, width)))))
+    return pairs
+
+
+def _middle(rgb: NDArray[np.uint8], size: Sequence[int]) -> NDArray[np.uint8]:
+    top, left = ((own - wanted) // 2 for own, wanted in zip(rgb.shape[:2], size, strict=True))
+    return rgb[top : top + size[0], left : left + size[1]]
+
+
+def _tensor(rgb: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
 @torch.no_grad()
 def measure_curve(
-    codec: TrainableCodec, pictures: Sequence[Tensor], task: TaskLoss | None, *, scale: float, step: int, bf16: bool
+    codec: TrainableCodec, views: Sequence[TuningView], task: TaskLoss | None, *, step: int, bf16: bool
 ) -> Curve:
-    """The codec's curve on `pictures`. Leaves the codec in the mode it was in."""
+    """The codec's curve on `views`, which have each quality once. Leaves the codec in the mode it was in."""
     was_training = codec.training
     codec.eval()
+    points = np.zeros((3, LEVELS))
+    for view in views:
+        points[:, [q - 1 for q in view.qualities]] = _measure(codec, view, task, bf16)
+    codec.train(was_training)
+    bpp, mse, distance = (tuple(row.tolist()) for row in points)
+    return Curve(step, bpp, mse, distance)
+
+
+def _measure(codec: TrainableCodec, view: TuningView, task: TaskLoss | None, bf16: bool) -> NDArray[np.float64]:
+    """Means of bits per pixel, squared error and distance at a view's qualities, [3, Q]."""
     device = codec.log_gain.device
-    steps = 256 * torch.arange(1, LEVELS + 1, device=device)
-    sums = np.zeros((3, LEVELS))
-    for picture in pictures:
+    steps = 256 * torch.tensor(view.qualities, device=device)
+    sums = np.zeros((3, len(steps)))
+    for picture, original in zip(view.pictures, view.originals or view.pictures, strict=True):
         x = (picture.to(device).float() / 255)[None].contiguous(memory_format=torch.channels_last)
-        x = x.expand(LEVELS, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = x.expand(len(steps), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = codec(x, steps)
             mse = (out.x_hat.float().clamp(0, 1) - x).square().flatten(1).mean(1)
-            distance = mse if task is None else task.distances(x, out.x_hat, scale)
-        bpp = (out.bits_y + out.bits_z) / (x.shape[2] * x.shape[3])
+            wanted = x if original is picture else (original.to(device).float() / 255)[None].expand(len(x), -1, -1, -1)
+            distance = mse if task is None else task.distances(wanted, out.x_hat, view.scale)
+        bpp = view.area * (out.bits_y + out.bits_z) / (x.shape[2] * x.shape[3])
         sums += torch.stack([bpp.float(), mse, distance]).cpu().numpy()
-    codec.train(was_training)
-    bpp_l, mse_l, distance_l = ((row / len(pictures)).tolist() for row in sums)
-    return Curve(step, tuple(bpp_l), tuple(mse_l), tuple(distance_l))
+    return sums / len(view.pictures)
 
 
 def rate_gap(curve: Curve, reference: Curve) -> float:

@@ -2,6 +2,7 @@
 
 * `start_from_blocks`: a fresh codec's short cuts become the principal components of photographs' blocks, so that
   training begins at a block transform codec (27 dB after 74 steps where noise took 2,000 to reach 23).
+* `start_levels`: a trained codec's levels are moved, so that its quality 1 begins as what was its quality 3, say.
 * `widened`: a trained codec gets more latents, the directions that best predict, linearly, what it leaves out of a
   block (reduced-rank regression; Izenman, J. Multivariate Analysis 5, 1975). Nothing else of its function changes.
 
@@ -15,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from shared.codec.transforms import STRIDE_Y
+from shared.codec.transforms import STRIDE_Y, between_levels
 from trainer.model import TrainableCodec
 
 GAIN = 4.75
@@ -72,6 +73,14 @@ def widened(codec: TrainableCodec, m: int, pictures: Sequence[Tensor]) -> Traina
         state[name].copy_(torch.cat([own[name], own[name][:, -1:].expand(-1, m - old)], 1))
     wide.load_state_dict(state)
     return wide
+
+
+@torch.no_grad()
+def start_levels(codec: TrainableCodec, qualities: Sequence[float]) -> None:
+    """Give each level the gains and the bias of h_s that the codec has at one of `qualities`, in [1, 8], in place."""
+    steps = torch.tensor([round(256 * quality) for quality in qualities])
+    for table in (codec.log_gain, codec.log_inverse_gain, codec.h_s.level_bias):
+        table.copy_(between_levels(table, steps)[:, :, 0, 0])
 
 
 def _missing_components(codec: TrainableCodec, count: int, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

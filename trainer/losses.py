@@ -76,9 +76,9 @@ class TaskLoss:
         self.variances = {name: max(1e-6, float(value.float().var())) for name, value in found.items()}
 
     def distances(self, x: Tensor, x_hat: Tensor, scale: float) -> Tensor:
-        """Feature distance of each picture, float32 [B]."""
+        """Feature distance of each picture, float32 [B]. `scale` is of `x_hat`; `x` may be of another size."""
         with torch.no_grad():
-            wanted = self.network.features(x, scale)
+            wanted = self.network.features(x, scale, like=x_hat)
         return self.distances_to(wanted, x_hat, scale)
 
     def distances_to(self, wanted: Mapping[str, Tensor], x_hat: Tensor, scale: float) -> Tensor:
@@ -95,7 +95,8 @@ class TaskLoss:
     ) -> tuple[Tensor, Tensor]:
         """The weighted term, a scalar, and each picture's value, [B] (of the batch, where the network gives no other).
 
-        A detector's loss is one number for a batch; the pictures' weights then act on their gradients.
+        A detector's loss is one number for a batch; the pictures' weights then act on their gradients. `x` may be
+        larger than `x_hat` where features are compared.
         """
         if self.kind == "features":
             values = self.distances(x, x_hat, scale)
@@ -117,14 +118,19 @@ def codec_terms(
     task: TaskLoss | None,
     targets: Sequence[Mapping[str, Tensor]] | None,
     scale: float,
+    original: Tensor | None = None,
 ) -> Terms:
-    """The three terms for a batch. `x`, `x_hat`: [B, 3, H, W] in [0, 1]. `bits`: of each picture, [B]."""
+    """The three terms for a batch. `x`, `x_hat`: [B, 3, H, W] in [0, 1]. `bits`: of each picture, [B].
+
+    `original`: what x was before it was resized, whose features are what is wanted; None is x.
+    """
     rate = bits / (x.shape[2] * x.shape[3])
     mse = (x_hat.float() - x).square().flatten(1).mean(1)
     weighted = {"rate": (weights.rate * rate).mean(), "mse": (weights.mse * mse).mean()}
     values = None
     if task is not None and float(weights.task.max()) > 0:
-        weighted["task"], values = task(x, x_hat, weights.task, targets, scale)
+        wanted = x if original is None else original
+        weighted["task"], values = task(wanted, x_hat, weights.task, targets, scale)
     return Terms(rate, mse, values, weighted)
 
 

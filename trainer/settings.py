@@ -9,6 +9,7 @@ from typing import Any
 
 from shared.codec.transforms import Architecture
 from shared.errors import InvalidSettings
+from trainer.crops import CodedSizes
 from trainer.schedule import Schedule
 
 TASK_LOSSES = ("features", "ground-truth", "self-labels", "none")
@@ -37,8 +38,12 @@ class TrainSettings:
     `threads`: CPU threads, 0 for torch's choice. `bf16`: compute in bfloat16, None where the device has it in hardware.
     `architecture`: None takes that of `start_from`, or the default; a bundle's `m` may be raised. `scales`: sides at
     which the bundle codes pictures, in 1/16 of the frame's, at quality 1 to 8; None takes those of the bundle started
-    from, or full size. `train scales` finds them. `quality`: of all crops, 1 to 8, for a codec of a single rate: its
-    other qualities are not trained, and its last checkpoint is exported, for one point has no curve to rank by.
+    from, or full size. `train scales` finds them. `as_coded`: crops are as large as pictures are coded by `scales`
+    at their quality, instead of by `zoom`; frames are `frame_scale` times as large as the pictures, side by side, and
+    `short_side_px` is theirs; rate is then counted by pixel of the frame. `start_levels`: the qualities of the bundle
+    started from as which quality 1 to 8 begin, which may lie between two; None begins each as itself. `quality`: of
+    all crops, 1 to 8, for a codec of a single rate: its other qualities are not trained, and its last checkpoint is
+    exported, for one point has no curve to rank by.
     """
 
     out: Path
@@ -79,6 +84,9 @@ class TrainSettings:
     harvest_keep: int = 3
 
     scales: tuple[int, ...] | None = None
+    as_coded: bool = False
+    frame_scale: float = 1.0
+    start_levels: tuple[float, ...] | None = None
     quality: int | None = None
     architecture: Architecture | None = None
     schedule: Schedule = field(default_factory=Schedule)
@@ -97,7 +105,7 @@ class TrainSettings:
                 f"train codec: 'batch' must be a positive multiple of the {self.devices * self.nodes} processes, "
                 f"got {self.batch}"
             )
-        for name in ("rate", "clip", "short_side_px"):
+        for name in ("rate", "clip", "short_side_px", "frame_scale"):
             if getattr(self, name) <= 0:
                 raise InvalidSettings(f"train codec: '{name}' must be positive, got {getattr(self, name)}")
         for name in ("steps", "hours"):
@@ -107,10 +115,24 @@ class TrainSettings:
             raise InvalidSettings(f"train codec: 'ema' must be in [0, 1), got {self.ema}")
         if self.scales is not None and (len(self.scales) != 8 or not all(1 <= s <= 16 for s in self.scales)):
             raise InvalidSettings(f"train codec: 'scales' must be 8 numbers in [1, 16], got {self.scales}")
+        if self.as_coded and self.scales is None:
+            raise InvalidSettings("train codec: 'as_coded' needs 'scales', the sizes at which pictures are coded")
+        if self.start_levels is not None and (
+            len(self.start_levels) != 8 or not all(1 <= q <= 8 for q in self.start_levels)
+        ):
+            raise InvalidSettings(f"train codec: 'start_levels' must be 8 numbers in [1, 8], got {self.start_levels}")
+        if self.start_levels is not None and self.start_from is None:
+            raise InvalidSettings("train codec: 'start_levels' needs 'start_from', a codec that has levels")
         if self.quality is not None and not 1 <= self.quality <= 8:
             raise InvalidSettings(f"train codec: 'quality' must be in [1, 8], got {self.quality}")
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise InvalidSettings(f"train codec: 'zoom' must be an ascending pair of factors, got {self.zoom}")
+
+    def coded_sizes(self) -> CodedSizes | None:
+        """How large crops are by their quality, None where `zoom` says it."""
+        if not self.as_coded or self.scales is None:
+            return None
+        return CodedSizes(self.scales, self.frame_scale, self.short_side_px)
 
 
 def to_toml(settings: TrainSettings) -> str:

@@ -34,10 +34,10 @@ from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, 
 from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
 from trainer.export import activation_ranges
 from trainer.frozen import load_frozen
-from trainer.harvest import Curve, measure_curve, rate_gap, tuning_tensors
-from trainer.latents import start_from_blocks, widened
+from trainer.harvest import Curve, TuningView, measure_curve, rate_gap, tuning_pairs, tuning_tensors
+from trainer.latents import start_from_blocks, start_levels, widened
 from trainer.losses import TaskLoss, codec_terms, gradient_norms
-from trainer.model import TrainableCodec
+from trainer.model import LEVELS, TrainableCodec
 from trainer.progress import Monitor
 from trainer.provenance import write_bundle
 from trainer.schedule import GradientBalance
@@ -71,9 +71,22 @@ class CodecTraining(LightningModule):
         return self._task[0]
 
     @property
+    def _compares_features(self) -> bool:
+        return self.task is not None and self.task.kind == "features"
+
+    @property
     def scale(self) -> float:
         """How the frozen network's own resize scales a picture whose short side is the expected one."""
         return 1.0 if self.task is None else self.task.network.short_side / self.settings.short_side_px
+
+    def view(self, zoom: float) -> tuple[float, float]:
+        """How the network's resize scales a crop of pictures resized by `zoom`, and the share of a frame's pixels that
+        one of the crop's stands for."""
+        sizes = self.settings.coded_sizes()
+        if sizes is None:
+            return self.scale, 1.0
+        share = sizes.share(zoom)
+        return self.scale / share, share * share
 
     @property
     def bf16(self) -> bool:
@@ -115,11 +128,15 @@ class CodecTraining(LightningModule):
         self.codec.share_noise(self.global_rank, self.trainer.world_size)
         x = batch.crops.float() / 255
         levels = (batch.quality_steps - 256).float() / 256
-        scale = self.scale * float(rng.uniform(1 - settings.scale_jitter, 1 + settings.scale_jitter))
+        sizes = settings.coded_sizes()
+        scale, area = self.view(1.0 if sizes is None else sizes.of_step(settings.seed, step)[1])
+        scale *= float(rng.uniform(1 - settings.scale_jitter, 1 + settings.scale_jitter))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.codec(x, batch.quality_steps, rounded=schedule.rounded(progress))
             weights = schedule.weights(progress, levels)
-            terms = codec_terms(x, out.x_hat, out.bits_y + out.bits_z, weights, self.task, batch.targets, scale)
+            bits = area * (out.bits_y + out.bits_z)
+            original = None if batch.originals is None or not self._compares_features else batch.originals.float() / 255
+            terms = codec_terms(x, out.x_hat, bits, weights, self.task, batch.targets, scale, original)
         if settings.balance_every and step % settings.balance_every == 0:
             self._observe(gradient_norms(terms, out.y))
         loss = terms.total(self.balance)
@@ -203,7 +220,7 @@ class CodecTraining(LightningModule):
 class Keeper(Callback):
     """Writes checkpoints every few minutes, and now and then measures one and keeps the best."""
 
-    def __init__(self, settings: TrainSettings, tuning: list[Tensor]) -> None:
+    def __init__(self, settings: TrainSettings, tuning: list[TuningView]) -> None:
         self._settings, self._tuning = settings, tuning
         self._last_save = self._last_harvest = time.monotonic()
 
@@ -230,9 +247,7 @@ class Keeper(Callback):
         own = {n: p.detach().clone() for n, p in codec.named_parameters()}
         if module.average is not None:
             codec.load_state_dict(module.average, strict=False)
-        curve = measure_curve(
-            codec, self._tuning, module.task, scale=module.scale, step=module.steps_done, bf16=module.bf16
-        )
+        curve = measure_curve(codec, self._tuning, module.task, step=module.steps_done, bf16=module.bf16)
         codec.load_state_dict(own, strict=False)
         module.curves.append(curve)
         save_checkpoint(harvest_path(settings, curve), module.state())
@@ -273,6 +288,8 @@ def train_codec(settings: TrainSettings) -> Path:
     pictures = list_pictures(settings.images, settings.annotations)
     torch.manual_seed(settings.seed)
     codec = starting_model(settings.start_from, settings.architecture)
+    if settings.start_levels is not None:
+        start_levels(codec, settings.start_levels)
     task = None
     if settings.task_loss != "none":
         task = TaskLoss(load_frozen(settings.network, settings.network_weights), settings.task_loss)
@@ -284,11 +301,10 @@ def train_codec(settings: TrainSettings) -> Path:
     if settings.resume is not None:
         module.restore(read_checkpoint(settings.resume), settings.resume)
     elif task is not None:
-        first = collate([crops[i] for i in range(CALIBRATION_CROPS)])
-        task.calibrate(first.crops.float() / 255, module.scale)
+        task.calibrate(*_calibration_crops(settings, crops, module))
     settings.out.mkdir(parents=True, exist_ok=True)
     require_room(settings.out, codec, settings.harvest_keep + 2)
-    trainer = _trainer(settings, Keeper(settings, _tuning(settings, pictures)))
+    trainer = _trainer(settings, Keeper(settings, _tuning(settings, pictures, module)))
     if trainer.is_global_zero:
         (settings.out / "settings.toml").write_text(to_toml(settings))
         settings.schedule.plot(settings.out / "schedule.png")
@@ -310,7 +326,7 @@ def _with_latents(settings: TrainSettings, codec: TrainableCodec, crops: Crops) 
     wanted = codec.arch.m if settings.architecture is None else settings.architecture.m
     if settings.start_from is not None and codec.arch.m == wanted:
         return codec
-    pictures = [torch.from_numpy(crops[i][0]).permute(2, 0, 1).float() / 255 for i in range(LATENT_CROPS)]
+    pictures = [torch.from_numpy(crops[i].pixels).permute(2, 0, 1).float() / 255 for i in range(LATENT_CROPS)]
     if settings.start_from is not None:
         return widened(codec, wanted, pictures)
     start_from_blocks(codec, pictures)
@@ -326,6 +342,8 @@ def _crops(settings: TrainSettings, pictures: list[Picture], *, masks: bool) -> 
         targets=settings.task_loss == "ground-truth",
         masks=masks,
         quality=settings.quality,
+        sizes=settings.coded_sizes(),
+        batch=settings.batch,
         cache_bytes=settings.cache_bytes // max(1, settings.workers) // settings.devices,
     )
 
@@ -342,15 +360,32 @@ def _loader(settings: TrainSettings, crops: Crops, step: int, trainer: Trainer) 
     )
 
 
-def _tuning(settings: TrainSettings, pictures: list[Picture]) -> list[Tensor]:
+def _calibration_crops(settings: TrainSettings, crops: Crops, module: CodecTraining) -> tuple[Tensor, float]:
+    """Some first crops [B, 3, side, side] in [0, 1], not resized, and the scale at which the network sees them."""
+    count = CALIBRATION_CROPS if settings.coded_sizes() is None else min(settings.batch, CALIBRATION_CROPS)
+    first = collate([crops[i] for i in range(count)])  # those of one step are of one size
+    clean = first.crops if first.originals is None else first.originals
+    return clean.float() / 255, module.view(1.0)[0]
+
+
+def _tuning(settings: TrainSettings, pictures: list[Picture], module: CodecTraining) -> list[TuningView]:
     if settings.tuning_images is not None:
         found = list_pictures(settings.tuning_images, None)
     else:
         found = tuning_pictures(settings.images) or pictures
-    tensors = tuning_tensors(found, settings.harvest_pictures, settings.zoom)
-    if not tensors:
+    sizes = settings.coded_sizes()
+    if sizes is None:
+        views = [TuningView(tuning_tensors(found, settings.harvest_pictures, settings.zoom), module.scale)]
+    else:
+        views = []
+        for quality in range(1, LEVELS + 1):
+            zoom = sizes.zoom(quality)
+            pairs = tuning_pairs(found, settings.harvest_pictures, zoom)
+            originals, tensors = ([pair[i] for pair in pairs] for i in range(2))
+            views.append(TuningView(tensors, *module.view(zoom), (quality,), originals))
+    if not all(view.pictures for view in views):
         raise InvalidInput(f"{settings.tuning_images or settings.images}: no picture of 64x64 or more to rank with")
-    return tensors
+    return views
 
 
 def _trainer(settings: TrainSettings, keeper: Keeper) -> Trainer:
@@ -383,8 +418,10 @@ def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictur
     if best is not None and (path := harvest_path(settings, best)).exists():
         state = read_checkpoint(path)
         load_strictly(codec, state["average"] or state["net"], path)
-    large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=settings.zoom)
-    shown = (torch.from_numpy(large[i][0]).permute(2, 0, 1).float() / 255 for i in range(RANGE_CROPS))
+    sizes = settings.coded_sizes()
+    zoom = settings.zoom if sizes is None else (sizes.zoom(1), sizes.zoom(LEVELS))
+    large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=zoom)
+    shown = (torch.from_numpy(large[i].pixels).permute(2, 0, 1).float() / 255 for i in range(RANGE_CROPS))
     calibration = list(islice(shown, CALIBRATION_CROPS))
     ranges = activation_ranges(codec, chain(calibration, shown))
     write_bundle(

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from cloud.tasks.bundled import BundledRCNN
 from cloud.tasks.checkpoints import state_hash
 from shared.codec.bitstream import from_bytes, to_bytes
+from shared.codec.bundle import SCALE_TENSOR, load_bundle
 from shared.codec.codec import Codec
 from shared.codec.transforms import Architecture
 from shared.codec.types import Frame
 from shared.errors import InvalidBundle, InvalidImage, InvalidInput, InvalidSettings, NumericalError, Unavailable
 from tests.trainer.conftest import PHOTOGRAPHS, TINY
 from trainer.checkpoints import read_checkpoint, require_room
-from trainer.crops import CropNumbers, Crops, collate, crop_targets, list_pictures
+from trainer.crops import CodedSizes, CropNumbers, Crops, collate, crop_targets, list_pictures, resized_to
 from trainer.data import load_coco
 from trainer.model import TrainableCodec
 from trainer.quantise import LOG_STEP
@@ -104,10 +105,11 @@ def test_a_run_goes_on_from_a_bundle(settings: TrainSettings, tmp_path: Path):
         torch.testing.assert_close(second, first, rtol=0, atol=step)
 
 
+@pytest.mark.parametrize("as_coded", [False, True])
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
-    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_coded: bool
 ):
-    settings = replace(settings, ema=0.9)
+    settings = replace(settings, ema=0.9, as_coded=as_coded, frame_scale=1.5, scales=(4, 5, 6, 8, 10, 12, 16, 16))
     train_codec(settings)
     stopped = replace(settings, out=tmp_path / "stopped")
     step = CodecTraining.training_step
@@ -290,19 +292,69 @@ def test_crops_are_a_function_of_seed_and_number(photograph_set: Path):
     one, again = (Crops(pictures, crop=64, seed=3, cache_bytes=room) for room in (1 << 30, 0))
     for number in (0, 5, 123456):
         a, b = one[number], again[number]
-        np.testing.assert_array_equal(a[0], b[0])
-        assert (a[1], a[3]) == (b[1], b[3])
-    assert not np.array_equal(one[0][0], Crops(pictures, crop=64, seed=4)[0][0])
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+        assert (a.quality_steps, a.name) == (b.quality_steps, b.name)
+    assert not np.array_equal(one[0].pixels, Crops(pictures, crop=64, seed=4)[0].pixels)
 
 
 def test_every_picture_is_seen_once_an_epoch_whatever_the_number_of_processes(photograph_set: Path):
     pictures = list_pictures(photograph_set / "images", None)
     crops = Crops(pictures, crop=64, seed=0)
-    names = sorted(crops[n][3] for n in range(len(pictures)))
+    names = sorted(crops[n].name for n in range(len(pictures)))
     assert names == sorted(p.path.name for p in pictures)
     whole = next(iter(CropNumbers(7, 4)))
     shares = [next(iter(CropNumbers(7, 4, rank=rank, processes=2))) for rank in (0, 1)]
     assert whole == [*shares[0], *shares[1]] == [28, 29, 30, 31]
+
+
+def test_crops_are_as_large_as_pictures_are_coded_at_their_quality(photograph_set: Path):
+    pictures = list_pictures(photograph_set / "images", None)
+    sizes = CodedSizes((4, 5, 6, 8, 10, 12, 16, 16), frame_scale=2.0, short_side=800)
+    crops = Crops(pictures, crop=128, seed=3, sizes=sizes, batch=4)
+    seen = set()
+    for step in range(40):
+        quality, zoom = sizes.of_step(3, step)
+        expected = np.interp(quality, np.arange(1, 9), sizes.scales) / 16 * 2
+        assert 0.79 * expected <= zoom <= min(1.0, 1.26 * expected) or zoom == 1.0
+        batch = collate([crops[4 * step + i] for i in range(4)])
+        side = batch.crops.shape[-1]
+        assert side in (64, 128)
+        assert abs(side - min(128, 400 * zoom)) <= 32  # no larger than the pictures become
+        assert batch.originals is not None
+        assert batch.originals.shape == (4, 3, round(side / zoom), round(side / zoom))
+        assert all(abs(steps / 256 - quality) <= 1.51 for steps in batch.quality_steps.tolist())
+        again = resized_to(batch.originals[0].permute(1, 2, 0).numpy(), (side, side))
+        np.testing.assert_array_equal(batch.crops[0].permute(1, 2, 0).numpy(), again)
+        seen |= set(batch.quality_steps.tolist())
+    assert {256, 2048} <= seen
+
+
+def test_a_run_of_crops_as_coded_measures_and_writes_each_quality_at_its_size(settings: TrainSettings):
+    settings = replace(settings, crop=128, steps=4, as_coded=True, frame_scale=1.5, scales=(4, 5, 6, 8, 10, 12, 16, 16))
+    folder = train_codec(settings)
+    assert load_bundle(folder).arrays[SCALE_TENSOR].tolist() == list(settings.scales or ())
+    assert from_toml(settings.out / "settings.toml") == settings
+    (curve,) = read_checkpoint(settings.out / "last.pt")["curves"]
+    small, large = (4 / 16) ** 2, (1 / 1.5) ** 2  # of a frame's pixels; pictures are not enlarged
+    assert curve["bpp"][0] < 2 * small / large * curve["bpp"][7]
+
+
+def test_levels_begin_as_what_others_were(settings: TrainSettings, tmp_path: Path):
+    folder = train_codec(settings)
+    moved = replace(
+        settings,
+        out=tmp_path / "moved",
+        start_from=str(folder),
+        architecture=None,
+        steps=1,
+        rate=1e-12,
+        start_levels=(3, 3.5, 4, 5, 6, 7, 8, 8),
+    )
+    train_codec(moved)
+    old, new = (read_checkpoint(s.out / "last.pt")["net"] for s in (settings, moved))
+    for name in ("log_gain", "log_inverse_gain"):
+        torch.testing.assert_close(new[name][[0, 2, 6, 7]], old[name][[2, 3, 7, 7]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(new[name][1], old[name][2:4].mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_small_pictures_are_padded_to_the_crop(photograph_set: Path):
