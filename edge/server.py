@@ -36,6 +36,7 @@ from shared import logs, tracing
 from shared.codec.codec import Codec
 from shared.errors import InvalidSettings, Unavailable
 from shared.logs import facts
+from shared.memory import release_file_pages
 from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
 from shared.quarantine import QuarantineService
@@ -121,6 +122,7 @@ class Edge:
                 edge.uplink.start()
                 edge.renewal = asyncio.create_task(credentials.watch(edge.uplink.renew))
             server.keep_checking({"spool": edge.check_spool})
+            await asyncio.to_thread(release_file_pages)
             await server.set_serving(SERVICE, True)
         except BaseException:
             await edge.close()

@@ -55,15 +55,24 @@ class Effort:
 
 
 def encode_with_effort(
-    codec: Codec, frame: Frame, quality: float, task: TaskLoss, *, steps: int, schedule: Schedule, seed: int = 0
+    codec: Codec,
+    frame: Frame,
+    quality: float,
+    task: TaskLoss,
+    *,
+    steps: int,
+    schedule: Schedule,
+    by_frame: bool = False,
+    seed: int = 0,
 ) -> Effort:
     """Code `frame` with `steps` gradient steps on its latents.
 
-    Cost is bits per coded pixel x w_rate + MSE x w_mse + feature distance x w_task, weighed as `schedule` ends. A
-    `task` that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
+    Cost is bits per coded pixel x w_rate + MSE x w_mse + feature distance x w_task, weighed as `schedule` ends; with
+    `by_frame` bits per pixel of the frame, as codecs have it that were trained on crops as they are coded. A `task`
+    that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
     """
     start = codec.analyse([frame], quality)[0]
-    problem = _Problem(codec, frame, start, task, schedule)
+    problem = _Problem(codec, frame, start, task, schedule, by_frame)
     generator = torch.Generator(device=codec.device).manual_seed(seed)
     plain = _Coding(start, codec)
     with torch.no_grad():
@@ -98,13 +107,16 @@ def labourer(codec: Codec, steps: int) -> Callable[[Frame, float], Bitstream]:
         )
     frozen = load_frozen(network, None)
     frozen.to(codec.device)
-    schedule = Schedule(**info["provenance"]["schedule"])
+    made = info["provenance"]
+    schedule = Schedule(**made["schedule"])
+    by_frame = bool(made.get("as_coded"))
 
     def encode(frame: Frame, quality: float) -> Bitstream:
         # a task loss of its own for each picture: it is calibrated on that picture, whichever came before
         task = TaskLoss(frozen, "features")
         with torch.enable_grad():
-            return encode_with_effort(codec, frame, quality, task, steps=steps, schedule=schedule).bitstream
+            result = encode_with_effort(codec, frame, quality, task, steps=steps, schedule=schedule, by_frame=by_frame)
+        return result.bitstream
 
     return encode
 
@@ -123,7 +135,9 @@ class _Coding:
 class _Problem:
     """What stays the same over the steps for one picture."""
 
-    def __init__(self, codec: Codec, frame: Frame, start: Symbols, task: TaskLoss, schedule: Schedule) -> None:
+    def __init__(
+        self, codec: Codec, frame: Frame, start: Symbols, task: TaskLoss, schedule: Schedule, by_frame: bool
+    ) -> None:
         device = codec.device
         self.codec, self.task = codec, task
         self.steps = torch.tensor([start.quality], device=device)
@@ -132,6 +146,7 @@ class _Problem:
         self.inverse_gain = interpolate_levels(log_inverse, self.steps)
         self.x = torch.from_numpy(frame.rgb.copy()).to(device).permute(2, 0, 1)[None].float() / 255
         self.coded_size = codec.coded_size(frame.height, frame.width, start.quality)
+        self.pixels = frame.height * frame.width if by_frame else self.coded_size[0] * self.coded_size[1]
         self.scale = task.network.short_side / min(frame.height, frame.width)
         with self.autocast():
             if not task.variances:
@@ -174,7 +189,7 @@ class _Problem:
         with self.autocast():
             distance = self.task.distances_to(self.wanted, x_hat, self.scale)
         weights = self.weights
-        return (weights.rate * bits / (height * width) + weights.mse * mse + weights.task * distance).sum()
+        return (weights.rate * bits / self.pixels + weights.mse * mse + weights.task * distance).sum()
 
 
 class Descent:

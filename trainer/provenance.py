@@ -49,6 +49,10 @@ def write_bundle(
             "crop": settings.crop,
             "seed": settings.seed,
             "schedule": asdict(settings.schedule),
+            "rate": settings.rate,
+            "ema": settings.ema,
+            "short_side_px": settings.short_side_px,
+            **_crop_sizes(settings),
             "hardware": hardware(device, settings.devices * settings.nodes),
             "torch": torch.__version__,
             "commit": commit(),
@@ -58,6 +62,18 @@ def write_bundle(
         info["tuning_curve"] = curve.as_dict()
     bundle = export_bundle(codec, calibration, folder, name=settings.name, info=info, scales=_scales(settings))
     (folder / "README.md").write_text(_card(bundle, settings, curve))
+
+
+def _crop_sizes(settings: TrainSettings) -> dict[str, Any]:
+    """How large the crops were; `trainer.effort` reads whether rate was counted by pixel of the frame."""
+    if not settings.as_coded:
+        return {"zoom": settings.zoom}
+    return {
+        "as_coded": True,
+        "frame_scale": settings.frame_scale,
+        "scales": settings.scales,
+        "start_levels": settings.start_levels,
+    }
 
 
 def _scales(settings: TrainSettings) -> Sequence[int] | None:
