@@ -52,7 +52,7 @@ async def test_the_picture_is_what_the_networks_saw(cloud: RunningCloud, spot: B
         await edge.deliver("gate", 1, spot)
     async with asyncio.timeout(30):
         while await cloud.kept.find(FrameName("gate", EPOCH, 1)) is None:  # the writer has a thread of its own
-            pass
+            await asyncio.sleep(0.01)
     seen = await review(cloud, 1)
     rgb = np.asarray(Image.open(io.BytesIO(seen.image_png)))
     assert np.abs(rgb.astype(int) - codec.decode(spot).rgb).max() <= 1
