@@ -25,7 +25,7 @@ from shared.codec.transforms import interpolate_levels
 from shared.codec.types import MEAN_STEPS, Bitstream, Frame, Symbols
 from shared.errors import InvalidBundle
 from trainer.export import SCALES
-from trainer.frozen import load_frozen
+from trainer.frozen import BENEATH_PYRAMID, load_frozen
 from trainer.losses import TaskLoss
 from trainer.schedule import Schedule
 
@@ -36,13 +36,14 @@ AVERAGED = (0.9, 0.99)  # decays of the gradient's and its square's averages, as
 LONGEST = 0.3  # a latent's move in one step, in quantisation steps
 TEMPERATURE = 0.3
 COOLING = 1.0  # the temperature falls to exp(-COOLING) of it over the run
+TASK = 2.0  # times the weight that features had in training: one picture's can be neared by more than all pictures'
 LEAST_LIKELIHOOD = 2.0**-30
 
 
 def recipe(steps: int) -> str:
     """Whatever decides the outcome beside codec, network and picture: a name to keep results by."""
     descent = f"rate={RATE}|averaged={AVERAGED}|longest={LONGEST}"
-    return f"steps={steps}|{descent}|temperature={TEMPERATURE}|cooling={COOLING}"
+    return f"steps={steps}|{descent}|temperature={TEMPERATURE}|cooling={COOLING}|task={TASK}|beneath={BENEATH_PYRAMID}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ def encode_with_effort(
 ) -> Effort:
     """Code `frame` with `steps` gradient steps on its latents.
 
-    Cost is bits per coded pixel x w_rate + MSE x w_mse + feature distance x w_task, weighed as `schedule` ends; with
-    `by_frame` bits per pixel of the frame, as codecs have it that were trained on crops as they are coded. A `task`
-    that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
+    Cost is bits per coded pixel x w_rate + MSE x w_mse + feature distance x TASK x w_task, weighed as `schedule` ends;
+    with `by_frame` bits per pixel of the frame, as codecs have it that were trained on crops as they are coded. A
+    `task` that is not calibrated is calibrated on the frame. Deterministic for a `seed` on one device.
     """
     start = codec.analyse([frame], quality)[0]
     problem = _Problem(codec, frame, start, task, schedule, by_frame)
@@ -189,7 +190,7 @@ class _Problem:
         with self.autocast():
             distance = self.task.distances_to(self.wanted, x_hat, self.scale)
         weights = self.weights
-        return (weights.rate * bits / self.pixels + weights.mse * mse + weights.task * distance).sum()
+        return (weights.rate * bits / self.pixels + weights.mse * mse + TASK * weights.task * distance).sum()
 
 
 class Descent:

@@ -21,6 +21,7 @@ from cloud.tasks.types import TaskKind
 from shared.errors import InvalidBundle, InvalidSettings
 
 IMAGENET_TAPS = (3, 6, 13)  # blocks of MobileNetV2: strides 4, 8 and 16
+BENEATH_PYRAMID = (13,)  # of those, beside a pyramid: at few bits the earlier ones cost more than they are worth
 IMAGENET_SHORT_SIDE = 320  # what detectors on this trunk resize to
 REPEATED = ("pool", "p6", "p7")  # pyramid levels made from others: they would count those twice
 PAD_TO = 32
@@ -66,7 +67,7 @@ class FrozenNetwork:
         self.trunk = freeze(trunk)
         # A pyramid alone keeps what its own heads ask for; the generic features under it are what others share.
         self._early = (
-            {f"block{i}": trunk.features[i] for i in IMAGENET_TAPS} if isinstance(trunk, MobileNetPyramid) else {}
+            {f"block{i}": trunk.features[i] for i in BENEATH_PYRAMID} if isinstance(trunk, MobileNetPyramid) else {}
         )
         transform = getattr(self.module, "transform", None)
         mean, std = getattr(transform, "image_mean", IMAGE_MEAN), getattr(transform, "image_std", IMAGE_STD)

@@ -51,7 +51,7 @@ async def test_the_picture_is_what_the_networks_saw(cloud: RunningCloud, spot: B
     async with cloud.edge() as edge:
         await edge.deliver("gate", 1, spot)
     async with asyncio.timeout(30):
-        while await cloud.kept.find(FrameName("gate", EPOCH, 1)) is None:  # the writer has a thread of its own
+        while await cloud.kept.find(FrameName("gate", EPOCH, 1)) is None:  # noqa: ASYNC110 - the writer's own thread
             await asyncio.sleep(0.01)
     seen = await review(cloud, 1)
     rgb = np.asarray(Image.open(io.BytesIO(seen.image_png)))

@@ -78,6 +78,24 @@ def test_features_of_the_picture_itself_are_at_distance_zero_and_worse_pictures_
     assert torch.all(task.distances(x, worse, SCALE) > task.distances(x, x_hat, SCALE))
 
 
+def test_what_resizing_loses_counts_where_the_original_is_given(network, pictures):
+    x, _ = pictures
+    task = TaskLoss(network, "features")
+    task.calibrate(x, SCALE)
+    small = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    weights = Weights(*(torch.ones(2) for _ in range(3)))
+    lost, of_itself = (
+        codec_terms(small, small, torch.zeros(2), weights, task, None, 2 * SCALE, original).task
+        for original in (x, None)
+    )
+    assert of_itself is not None
+    assert lost is not None
+    assert float(of_itself.max()) == 0
+    assert float(lost.min()) > 0
+    enlarged = torch.nn.functional.interpolate(small, (64, 64), mode="bilinear", antialias=True)
+    torch.testing.assert_close(lost, task.distances(x, enlarged, SCALE))  # it is seen as large as the original was
+
+
 @pytest.mark.parametrize("kind", ["features", "ground-truth"])
 def test_a_picture_without_weight_gets_no_gradient(network: FrozenNetwork, pictures, kind: str):
     x, x_hat = pictures
