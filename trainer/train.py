@@ -148,7 +148,8 @@ class CodecTraining(LightningModule):
             self.monitor.step(self.steps_done, self.progress, float(loss.detach()), terms, levels, self.balance, norm)
             if self.monitor.wants_panel():
                 self.monitor.panel(self.steps_done, x, out.x_hat)
-        self.trainer.should_stop = self.progress >= 1
+        # by the clock that all processes agreed on: one that waits for another's harvest has a later one by now
+        self.trainer.should_stop = (progress if settings.steps is None else self.progress) >= 1
 
     def _update(self, loss: Tensor, batch: CropBatch, progress: float, step: int) -> float:
         """Backward, clip, step. Returns the gradient's norm. Raises NumericalError before any weight is changed."""

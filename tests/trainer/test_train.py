@@ -147,7 +147,24 @@ def test_equal_settings_give_equal_bundles_and_another_seed_another(settings: Tr
 def test_two_processes_train_as_one_does_with_the_same_global_batch(settings: TrainSettings, tmp_path: Path):
     alone = replace(settings, steps=6, architecture=TINY)
     train_codec(alone)
-    (tmp_path / "settings.toml").write_text(to_toml(replace(alone, out=tmp_path / "two", devices=2)))
+    run_in_two_processes(replace(alone, out=tmp_path / "two", devices=2), tmp_path)
+    one, two = (read_checkpoint(folder / "last.pt") for folder in (alone.out, tmp_path / "two"))
+    assert two["step"] == one["step"]
+    for key, norm in one["balance"].items():
+        assert two["balance"][key] == pytest.approx(norm, rel=0.25), key  # a share's norms, averaged
+    for name in ("bpp", "mse", "distance"):
+        np.testing.assert_allclose(two["curves"][-1][name], one["curves"][-1][name], rtol=2e-3, err_msg=name)
+
+
+@pytest.mark.slow  # as above
+def test_two_processes_end_at_one_step_though_one_waited_for_measurements(settings: TrainSettings, tmp_path: Path):
+    settings = replace(settings, steps=None, hours=12 / 3600, harvest_minutes=0.5 / 60, harvest_pictures=8, devices=2)
+    run_in_two_processes(settings, tmp_path)
+    assert (settings.out / "bundle" / "manifest.json").exists()
+
+
+def run_in_two_processes(settings: TrainSettings, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(to_toml(settings))
     script = tmp_path / "go.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\n"
@@ -158,12 +175,6 @@ def test_two_processes_train_as_one_does_with_the_same_global_batch(settings: Tr
         [sys.executable, str(script), str(tmp_path / "settings.toml")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (read_checkpoint(folder / "last.pt") for folder in (alone.out, tmp_path / "two"))
-    assert two["step"] == one["step"]
-    for key, norm in one["balance"].items():
-        assert two["balance"][key] == pytest.approx(norm, rel=0.25), key  # a share's norms, averaged
-    for name in ("bpp", "mse", "distance"):
-        np.testing.assert_allclose(two["curves"][-1][name], one["curves"][-1][name], rtol=2e-3, err_msg=name)
 
 
 @pytest.mark.parametrize(("kind", "masks"), [("ground-truth", True), ("self-labels", False)])
