@@ -325,8 +325,8 @@ def test_crops_are_as_large_as_pictures_are_coded_at_their_quality(photograph_se
     seen = set()
     for step in range(40):
         quality, zoom = sizes.of_step(3, step)
-        expected = np.interp(quality, np.arange(1, 9), sizes.scales) / 16 * 2
-        assert 0.79 * expected <= zoom <= min(1.0, 1.26 * expected) or zoom == 1.0
+        expected = min(1.0, np.interp(quality, np.arange(1, 9), sizes.scales) / 16 * 2)
+        assert 0.79 * expected <= zoom <= min(1.0, 1.26 * expected)
         batch = collate([crops[4 * step + i] for i in range(4)])
         side = batch.crops.shape[-1]
         assert side in (64, 128)
