@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from shared.codec.bundle import SCALE_STEPS
+from shared.codec.transforms import STRIDE_Y
 from shared.errors import InvalidImage, InvalidInput
 from trainer.data import Example, load_coco, tuning_ids
 
@@ -93,6 +95,18 @@ def tuning_pictures(images: Path) -> list[Picture]:
 def spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
     """`count` of `pictures`, evenly spread over them, or all where there are no more."""
     return [pictures[i] for i in np.unique(np.linspace(0, len(pictures) - 1, count).round().astype(int))]
+
+
+def whole_pictures(pictures: Sequence[Picture], count: int, zooms: Sequence[float]) -> Iterator[Tensor]:
+    """Up to `count` whole pictures spread over `pictures`, float [3, H, W] in [0, 1], resized by each zoom in turn.
+
+    Borders are repeated to sides that are multiples of 16, as the codec does.
+    """
+    for zoom, picture in zip(cycle(zooms), spread(pictures, count), strict=False):
+        rgb = resized(picture.read(), zoom)
+        height, width = rgb.shape[:2]
+        padded = np.pad(rgb, ((0, -height % STRIDE_Y), (0, -width % STRIDE_Y), (0, 0)), mode="edge")
+        yield torch.from_numpy(padded).permute(2, 0, 1).float() / 255
 
 
 def is_for_tuning(path: Path) -> bool:

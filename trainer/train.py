@@ -16,7 +16,7 @@ import math
 import time
 from dataclasses import replace
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,17 @@ from cloud.tasks.checkpoints import load_strictly
 from shared.codec.codec import fast_dtype
 from shared.errors import InvalidInput, NumericalError
 from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, starting_model
-from trainer.crops import CropBatch, CropNumbers, Crops, Picture, collate, list_pictures, move, tuning_pictures
+from trainer.crops import (
+    CropBatch,
+    CropNumbers,
+    Crops,
+    Picture,
+    collate,
+    list_pictures,
+    move,
+    tuning_pictures,
+    whole_pictures,
+)
 from trainer.export import activation_ranges
 from trainer.frozen import load_frozen
 from trainer.harvest import Curve, TuningView, measure_curve, rate_gap, tuning_pairs, tuning_tensors
@@ -46,8 +56,8 @@ from trainer.settings import TrainSettings, to_toml
 QUANTILE_RATE = 1e-3  # the auxiliary loss is convex and apart from the rest; its rate needs no schedule
 LATENT_CROPS = 160
 CALIBRATION_CROPS = 16
-CALIBRATION_SIDE = 320  # pixels; ranges in small crops would miss what lies away from borders
-RANGE_CROPS = 96  # of that side, for the ranges of g_a: what is beyond is clipped, and few crops hold the largest
+CALIBRATION_SIDE = 320  # pixels; small crops have too few hyper-latents
+RANGE_PICTURES = 256  # whole ones, for the ranges of g_a: what is beyond is clipped, and few pictures hold the largest
 
 
 class CodecTraining(LightningModule):
@@ -420,11 +430,12 @@ def _export(settings: TrainSettings, module: CodecTraining, crops: Crops, pictur
         state = read_checkpoint(path)
         load_strictly(codec, state["average"] or state["net"], path)
     sizes = settings.coded_sizes()
-    zoom = settings.zoom if sizes is None else (sizes.zoom(1), sizes.zoom(LEVELS))
-    large = Crops(crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=zoom)
-    shown = (torch.from_numpy(large[i].pixels).permute(2, 0, 1).float() / 255 for i in range(RANGE_CROPS))
-    calibration = list(islice(shown, CALIBRATION_CROPS))
-    ranges = activation_ranges(codec, chain(calibration, shown))
+    zooms = settings.zoom if sizes is None else tuple(sizes.zoom(quality) for quality in range(1, LEVELS + 1))
+    large = Crops(
+        crops.pictures, crop=max(settings.crop, CALIBRATION_SIDE), seed=settings.seed, zoom=(min(zooms), max(zooms))
+    )
+    calibration = [torch.from_numpy(large[i].pixels).permute(2, 0, 1).float() / 255 for i in range(CALIBRATION_CROPS)]
+    ranges = activation_ranges(codec, chain(calibration, whole_pictures(crops.pictures, RANGE_PICTURES, zooms)))
     write_bundle(
         replace(settings, resume=None), codec, calibration, folder, ranges=ranges,
         pictures=pictures, steps=module.steps_done, elapsed_s=module.elapsed_s, curve=best, device=str(module.device),

@@ -18,12 +18,22 @@ from cloud.tasks.checkpoints import state_hash
 from shared.codec.bitstream import from_bytes, to_bytes
 from shared.codec.bundle import SCALE_TENSOR, load_bundle
 from shared.codec.codec import Codec
+from shared.codec.eight_bit import ranges
 from shared.codec.transforms import Architecture
 from shared.codec.types import Frame
 from shared.errors import InvalidBundle, InvalidImage, InvalidInput, InvalidSettings, NumericalError, Unavailable
 from tests.trainer.conftest import PHOTOGRAPHS, TINY
 from trainer.checkpoints import read_checkpoint, require_room
-from trainer.crops import CodedSizes, CropNumbers, Crops, collate, crop_targets, list_pictures, resized_to
+from trainer.crops import (
+    CodedSizes,
+    CropNumbers,
+    Crops,
+    collate,
+    crop_targets,
+    list_pictures,
+    resized_to,
+    whole_pictures,
+)
 from trainer.data import load_coco
 from trainer.model import TrainableCodec
 from trainer.quantise import LOG_STEP
@@ -348,6 +358,22 @@ def test_a_run_of_crops_as_coded_measures_and_writes_each_quality_at_its_size(se
     (curve,) = read_checkpoint(settings.out / "last.pt")["curves"]
     small, large = (4 / 16) ** 2, (1 / 1.5) ** 2  # of a frame's pixels; pictures are not enlarged
     assert curve["bpp"][0] < 2 * small / large * curve["bpp"][7]
+
+
+def test_a_bundles_ranges_are_of_whole_pictures(settings: TrainSettings):
+    settings = replace(
+        settings, steps=1, crop=128, frame_scale=1.0, as_coded=True, scales=(8, 9, 10, 11, 12, 14, 16, 16)
+    )
+    made = load_bundle(train_codec(settings))
+    pictures = list_pictures(settings.images, None)
+    sizes = [scale / 16 for scale in settings.scales or ()]
+    seen = list(whole_pictures(pictures, len(pictures), sizes))
+    for picture, size, tensor in zip(pictures, sizes, seen, strict=False):
+        height, width = (round(side * size) for side in picture.read().shape[:2])
+        assert tensor.shape == (3, -(-height // 16) * 16, -(-width // 16) * 16)
+        assert tensor[:, height - 1, width - 1].equal(tensor[:, -1, -1]), "its border is repeated"
+    own = ranges(Codec(made, dtype=torch.float32).g_a, [tensor[None] for tensor in seen])
+    assert all(a <= 1.001 * b for a, b in zip(own, made.info["ranges"]["g_a"], strict=True)), "weights are in float16"
 
 
 def test_levels_begin_as_what_others_were(settings: TrainSettings, tmp_path: Path):
