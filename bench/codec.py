@@ -4,8 +4,14 @@
 
 One photograph at a time. The peer has random weights, so its rate says nothing; its time hardly depends on them, but
 for the entropy coder, which has less to write than it would have. 1080p on an H200 is a target of its own and is
-measured where there is a GPU.
+measured where there is a GPU. The last rows are of a process that is told to use no more than AVX2, as on a processor
+without AVX-512 and AMX: neither bfloat16 nor products of bytes.
 """
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import torch
 from compressai.zoo import mbt2018_mean
@@ -20,12 +26,12 @@ from shared.codec.types import Frame
 PEER = "mbt2018-mean"
 QUALITIES = (1.0, 2.0, 4.0, 6.0, 8.0)
 GPU_FRAMES, GPU_BATCH = 200, 8
+AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 def measure(short: bool, say: Say) -> Report:
     codec = Codec.load("detection")
-    peer = mbt2018_mean(4, pretrained=False).eval()
-    peer.update(force=True)
+    peer = _peer()
     sizes = [(128, 192)] if short else [SMALL, VGA, FULL_HD]
     settings = {"dtype": str(codec.dtype), "threads": torch.get_num_threads(), "model": codec.model_id[:12]}
     report = Report("codec", "pixels to bytes and back, ms a picture", settings)
@@ -34,11 +40,31 @@ def measure(short: bool, say: Say) -> Report:
         for quality in (4.0,) if short else (1.0, 4.0, 8.0) if large else QUALITIES:
             say(f"{size_name(size)}, quality {quality:g}")
             _compare(report, codec, peer if quality == 4 else None, frame(size), quality, 2 if short else 3)
+    say("without AVX-512")
+    made = subprocess.run(  # noqa: S603 - kernels are chosen once a process
+        [sys.executable, "-c", f"from bench.codec import print_one_size; print_one_size({short})"],
+        env=os.environ | AVX2_ONLY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    report.figures += [replace(row, what=f"{row.what}, AVX2 only") for row in Report.from_json(made.stdout).figures]
     if torch.cuda.is_available():
         say("1080p on the GPU")
         _gpu(report)
     report.notes.append("The peer is shown beside quality 4 only; its time does not depend on the quality.")
     return report
+
+
+def print_one_size(short: bool) -> None:
+    """Quality 4 at 640x480 beside the peer, as a report in JSON on standard output."""
+    codec = Codec.load("detection")
+    report = Report("codec", "", {"dtype": str(codec.dtype)})
+    _compare(report, codec, _peer(), frame((128, 192) if short else VGA), 4.0, 2 if short else 3)
+    sys.stdout.write(report.to_json())
+
+
+def _peer() -> torch.nn.Module:
+    peer: torch.nn.Module = mbt2018_mean(4, pretrained=False).eval()
+    peer.update(force=True)  # type: ignore[operator]
+    return peer
 
 
 def _compare(

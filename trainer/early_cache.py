@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cloud.tasks.bundled import LONG_SIDE, BundledRCNN
-from shared.codec.codec import fast_dtype
+from shared.codec.precision import fast_dtype
 from trainer.data import Example
 
 STRIDE = 8

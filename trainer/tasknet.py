@@ -30,7 +30,7 @@ from cloud.tasks.checkpoints import load_strictly
 from cloud.tasks.torchvision_models import TorchvisionDetector
 from cloud.tasks.trunk import EARLY_BLOCKS, folded_state
 from cloud.tasks.types import TaskModel
-from shared.codec.codec import fast_dtype
+from shared.codec.precision import fast_dtype
 from shared.errors import InvalidBundle, InvalidSettings, NumericalError, Unavailable
 from trainer.data import Example, epochs, repeat_factors
 from trainer.early_cache import EarlyBatch, EarlyBatches, EarlyFeatures

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cloud.tasks.checkpoints import load_strictly
-from shared.codec.codec import fast_dtype
+from shared.codec.precision import fast_dtype
 from shared.errors import InvalidInput, NumericalError
 from trainer.checkpoints import read_checkpoint, require_room, save_checkpoint, starting_model
 from trainer.crops import (

@@ -30,6 +30,7 @@ from shared.codec.eight_bit import EightBitAnalysis, has_byte_convolution
 from shared.codec.elementwise import assembled, rounded
 from shared.codec.hyper import HyperSynthesis, IntegerHyperSynthesis, first_pass
 from shared.codec.integers import has_int8_matmul, is_compiled_for, rows_of
+from shared.codec.precision import fast_dtype
 from shared.codec.tables import EntropyTables
 from shared.codec.transforms import (
     STRIDE_Y,
@@ -69,7 +70,7 @@ class Codec:
     """One weights bundle, ready to encode and decode. Safe to call from several threads.
 
     `device`: "cpu" or "cuda[:n]". `dtype`: of the transforms' bodies, float32, bfloat16 or float16; by default
-    bfloat16 where the processor computes in it, else float32, and g_a in bytes where the processor and the bundle are
+    the faster of bfloat16 and float32, and g_a in bytes where the processor and the bundle are
     for it (`shared.codec.eight_bit`). `threads`: sets torch's process-wide thread count.
     """
 
@@ -467,10 +468,3 @@ def _checked(symbols: NDArray[np.int32]) -> NDArray[np.int32]:
 def _channel_indexes(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Table index of every hyper-latent: its channel."""
     return np.repeat(np.arange(shape[0], dtype=np.uint8), shape[1] * shape[2])
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where `device` computes in it; elsewhere float32, since emulation is many times slower."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
