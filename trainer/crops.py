@@ -8,7 +8,7 @@ uint8 up to a bound; what does not fit is decoded each time.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -56,13 +56,15 @@ class Crop:
     quality_steps: int
     target: dict[str, Tensor] | None
     name: str
+    zoom: float
 
 
 @dataclass(frozen=True, slots=True)
 class CropBatch:
     """`crops`: uint8 [B, 3, side, side], channels-last in memory. `originals`: what they were before they were resized,
     uint8 [B, 3, S, S], None where the pictures were resized before cropping. `quality_steps`: int64 [B], in 1/256 of a
-    level. `targets`: torchvision's, None without annotations. `names`: file names, for messages.
+    level. `targets`: torchvision's, None without annotations. `names`: file names, for messages. `zooms`: the factor by
+    which each picture was resized.
     """
 
     crops: Tensor
@@ -70,6 +72,7 @@ class CropBatch:
     quality_steps: Tensor
     targets: list[dict[str, Tensor]] | None
     names: tuple[str, ...]
+    zooms: tuple[float, ...]
 
 
 def list_pictures(images: Path, annotations: Path | None) -> list[Picture]:
@@ -209,7 +212,7 @@ class Crops(Dataset[Crop]):
             top, left, height, width = (round(side * crop / window) for side in (top, left, height, width))
             target = crop_targets(picture.example, (height, width), (left, top, crop), mirrored, masks=self.masks)
         original = None if self.sizes is None else part
-        return Crop(resized_to(part, (crop, crop)), original, steps, target, picture.path.name)
+        return Crop(resized_to(part, (crop, crop)), original, steps, target, picture.path.name, factor)
 
     def _index(self, number: int) -> int:
         epoch, place = divmod(number, len(self.pictures))
@@ -292,6 +295,7 @@ def collate(items: Sequence[Crop]) -> CropBatch:
         quality_steps=torch.tensor([item.quality_steps for item in items]),
         targets=labelled if len(labelled) == len(items) else None,
         names=tuple(item.name for item in items),
+        zooms=tuple(item.zoom for item in items),
     )
 
 
@@ -317,10 +321,10 @@ class CropNumbers(Sampler[list[int]]):
 def move(batch: CropBatch, device: torch.device) -> CropBatch:
     """The batch on another device."""
     targets: list[Mapping[str, Tensor]] | None = batch.targets  # type: ignore[assignment]
-    return CropBatch(
-        batch.crops.to(device, non_blocking=True),
-        None if batch.originals is None else batch.originals.to(device, non_blocking=True),
-        batch.quality_steps.to(device, non_blocking=True),
-        None if targets is None else [{k: v.to(device) for k, v in t.items()} for t in targets],
-        batch.names,
+    return replace(
+        batch,
+        crops=batch.crops.to(device, non_blocking=True),
+        originals=None if batch.originals is None else batch.originals.to(device, non_blocking=True),
+        quality_steps=batch.quality_steps.to(device, non_blocking=True),
+        targets=None if targets is None else [{k: v.to(device) for k, v in t.items()} for t in targets],
     )

@@ -138,8 +138,7 @@ class CodecTraining(LightningModule):
         self.codec.share_noise(self.global_rank, self.trainer.world_size)
         x = batch.crops.float() / 255
         levels = (batch.quality_steps - 256).float() / 256
-        sizes = settings.coded_sizes()
-        scale, area = self.view(1.0 if sizes is None else sizes.of_step(settings.seed, step)[1])
+        scale, area = self.view(batch.zooms[0])  # one for all where it matters, see CodedSizes
         scale *= float(rng.uniform(1 - settings.scale_jitter, 1 + settings.scale_jitter))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.codec(x, batch.quality_steps, rounded=schedule.rounded(progress))
