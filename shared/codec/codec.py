@@ -70,8 +70,8 @@ class Codec:
     """One weights bundle, ready to encode and decode. Safe to call from several threads.
 
     `device`: "cpu" or "cuda[:n]". `dtype`: of the transforms' bodies, float32, bfloat16 or float16; by default
-    the faster of bfloat16 and float32, and g_a in bytes where the processor and the bundle are
-    for it (`shared.codec.eight_bit`). `threads`: sets torch's process-wide thread count.
+    bfloat16 where the processor has instructions for it, else float32, and g_a in bytes where the processor and the
+    bundle are for it (`shared.codec.eight_bit`). `threads`: sets torch's process-wide thread count.
     """
 
     def __init__(
