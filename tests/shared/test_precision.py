@@ -13,13 +13,29 @@ CPU = torch.device("cpu")
 ASKED = "import torch; from shared.codec.precision import fast_dtype; print(fast_dtype(torch.device('cpu')))"
 
 
-def test_bfloat16_is_used_where_there_are_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("this processor has no AVX-512 bfloat16")
-    assert fast_dtype(CPU) == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # as Ice Lake, which emulates it
-    assert fast_dtype(CPU) == torch.float32
+@pytest.mark.parametrize(
+    ("offered", "avx512", "instructions", "expected"),
+    [
+        (True, True, True, torch.bfloat16),
+        (True, True, False, torch.float32),  # as Ice Lake, which emulates it
+        (True, False, False, torch.bfloat16),  # of another architecture
+        (False, False, False, torch.float32),
+    ],
+)
+def test_bfloat16_is_used_where_there_are_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, offered: bool, avx512: bool, instructions: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: offered)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    assert fast_dtype(CPU) == expected
     assert fast_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_bfloat16_of_this_processor_is_used() -> None:
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no AVX-512 bfloat16 to use")
+    assert fast_dtype(CPU) == torch.bfloat16
 
 
 def test_a_processor_held_to_avx2_computes_in_float32() -> None:
