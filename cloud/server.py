@@ -6,6 +6,9 @@ SIGTERM NOT_SERVING -> upload streams hear DRAIN, what they hold is carried to t
         -> consumers get the last events -> log closed -> exit 0
 """
 
+from shared import collecting  # before all else, as it says
+
+# isort: split
 import asyncio
 import functools
 import logging
@@ -42,6 +45,8 @@ from shared.rpc.server import Server, stop_on_signal, unless_stopped
 
 if TYPE_CHECKING:
     from cloud.console.server import Console
+
+collecting.resume()
 
 _log = logging.getLogger("sightline.cloud")
 INGEST = "sightline.v1.IngestService"
@@ -121,6 +126,7 @@ async def _run(
         rejected.open(Replayer(pipeline, quarantine))
         metrics.waiting_frames.set_function(lambda: inference.waiting)
         server.keep_checking({"log": LogCheck(log, pipeline, folder), "disk": DiskCheck(folder)})
+        collecting.leave_alone()
         for service in (INGEST, DETECTION):
             await server.set_serving(service, True)
         server.announce(

@@ -7,6 +7,9 @@ The cloud need not be there: pictures are encoded and spooled, and sent when it 
 disk is mounted late, another process still drains) is waited for: meanwhile the ports answer, and say so.
 """
 
+from shared import collecting  # before all else, as it says
+
+# isort: split
 import asyncio
 import logging
 from collections.abc import Callable
@@ -44,6 +47,8 @@ from shared.rpc import tls
 from shared.rpc.reload import ReloadMetrics
 from shared.rpc.server import Server, stop_on_signal, unless_stopped
 
+collecting.resume()
+
 _log = logging.getLogger("sightline.edge")
 
 SERVICE = "sightline.v1.EdgeService"
@@ -57,6 +62,7 @@ async def serve(settings: EdgeSettings) -> None:
     async with stop_on_signal() as stop:
         edge = await unless_stopped(stop, Edge.start(settings))
         if edge is not None:
+            collecting.leave_alone()
             try:
                 edge.server.announce(edge_id=settings.edge_id)
                 _log.info("ready", extra=facts(port=edge.server.port, metrics_port=edge.server.metrics_port))

@@ -18,7 +18,6 @@ from typing import Any
 import grpc
 
 from shared.errors import InvalidSettings
-from shared.rpc.certificates import inspect, require_pair
 from shared.rpc.reload import Reloaded, ReloadMetrics, read_file
 
 CLIENT_CHECK_S = 1.0
@@ -100,6 +99,8 @@ def server_credentials(
 def _server_configuration(files: list[bytes]) -> tuple[Any, float]:
     """grpc.ServerCertificateConfiguration of certificate, key and perhaps the clients' authority, and when the
     certificate ends, Unix seconds. Raises InvalidSettings; gRPC itself would only refuse every handshake."""
+    from shared.rpc.certificates import inspect, require_pair  # a library of 0.1 s, for TLS only
+
     found = inspect(files[0], "setting tls_certificate")
     require_pair(found, files[1], "setting tls_key")
     authority = files[2] if len(files) > 2 else None
@@ -137,6 +138,8 @@ def channel_credentials(
                 "give the server's authority (TLS), or set insecure to allow it"
             )
         return None
+    from shared.rpc.certificates import inspect, require_pair  # a library of 0.1 s, for TLS only
+
     authority = read_file(ca, f"authority for {setting}")
     inspect(authority, f"authority for {setting}")
     chain = private = None
@@ -170,6 +173,8 @@ class RenewedCredentials:
         def make(files: list[bytes]) -> grpc.ChannelCredentials | None:
             made = channel_credentials(address, ca, certificate, key, insecure=insecure, setting=setting, token=token)
             if certificate is not None and metrics is not None:
+                from shared.rpc.certificates import inspect
+
                 own = inspect(files[paths.index(certificate)], f"certificate for {setting}")
                 metrics.expires.labels("client").set(own.not_after.timestamp())
             return made
