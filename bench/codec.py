@@ -17,7 +17,7 @@ import torch
 from compressai.zoo import mbt2018_mean
 
 from bench.pictures import FULL_HD, SMALL, VGA, frame, size_name
-from bench.report import Report, Say, run
+from bench.report import AVX2_ONLY, Report, Say, run
 from bench.timing import in_turns
 from shared.codec.bitstream import to_bytes
 from shared.codec.codec import Codec
@@ -26,7 +26,6 @@ from shared.codec.types import Frame
 PEER = "mbt2018-mean"
 QUALITIES = (1.0, 2.0, 4.0, 6.0, 8.0)
 GPU_FRAMES, GPU_BATCH = 200, 8
-AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 def measure(short: bool, say: Say) -> Report:

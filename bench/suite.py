@@ -20,6 +20,7 @@ from bench.report import Report, Say
 
 NAMES = (
     "entropy", "transforms", "codec", "encoders", "rpc", "pipeline", "uplink", "footprint", "growth", "cost",
+    "exactness",
 )  # fmt: skip
 DOCS = Path(__file__).parents[1] / "docs"
 LINES = 15
