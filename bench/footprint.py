@@ -1,4 +1,4 @@
-"""What an edge costs before it does anything: imports, start, first frame, memory.
+"""What an edge costs before it does anything: imports, start, first frame, memory. Of a cloud, imports.
 
     sightline bench footprint [--short] [--json]
 
@@ -32,6 +32,9 @@ def measure(short: bool, say: Say) -> Report:
     torch_s, torch_held = _imports("torch", rounds)
     report.add("import edge.server", seconds, "s", peer=("import torch", torch_s), at_most=3.0)
     report.add("memory after import", held / 2**20, "MiB", peer=("import torch", torch_held / 2**20))
+    seconds, held = _imports("cloud.server", rounds)
+    report.add("import cloud.server", seconds, "s", peer=("import torch", torch_s))
+    report.add("memory after import of cloud.server", held / 2**20, "MiB", peer=("import torch", torch_held / 2**20))
     file = jpeg(picture(VGA))
     ready, first, idle = [], [], []
     for turn in range(rounds + 1):  # the first compiles kernels where they are not cached yet

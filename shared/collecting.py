@@ -1,8 +1,8 @@
 """When Python looks for cyclic garbage: not while a service is made, and never again among what made it.
 
 Importing torch and the rest makes a quarter of a million objects that stay. To look through them again and again takes
-0.4 s of an edge's start and 0.8 s of a cloud's, and each full collection later stops every thread for 0.1 s or 0.2 s, a
-frame's whole latency many times over.
+0.4 s of a start, and each full collection later stops every thread for 0.1 to 0.2 s, a frame's whole latency many times
+over.
 
 A service's main module imports this before all else, which stops collecting, and calls `resume` after its imports. Once
 a service stands, it calls `leave_alone`.

@@ -7,6 +7,9 @@ for found in model.predict([image]):    # uint8 [3, H, W]
     ...
 """
 
+from cloud.tasks import lean  # noqa: F401 - imports torchvision, before all that would
+
+# isort: split
 from cloud.tasks.loading import available_tasks, load_task
 from cloud.tasks.types import Detections, TaskKind, TaskModel, TrainableThrough
 
