@@ -6,7 +6,8 @@ The same photographs at 640x480, on the same cores, milliseconds a picture. The 
 process with as many threads as there are cores, so that neither their start nor idle cores are held against them, and
 pictures that are to be coded smaller are reduced before the clock starts. ffmpeg's own cost, with its conversion from
 RGB, is a row. Sightline codes a picture on each core, as the edge service does (`lanes`), with everything from pixels
-to the bytes of the file; a row beside it has one picture after the other, each on all cores.
+to the bytes of the file, and takes turns with libvvenc; a row beside it has one picture after the other, each on all
+cores.
 
 The target compares points of equal accuracy: for each quality of Sightline the cheapest point of VVC that was measured
 to reach at least its mAP through a network that took no part (docs/results/results.csv).
@@ -17,8 +18,7 @@ import io
 import os
 import subprocess
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,7 @@ QUALITIES = (1, 2, 3, 4, 5)
 
 
 def measure(short: bool, say: Say) -> Report:
-    size, count, rounds = ((96, 128), 2, 1) if short else (VGA, 8, 3)
+    size, count, rounds = ((96, 128), 2, 1) if short else (VGA, 8, 7)
     codec = Codec.load("detection")
     frames = [frame(size, i) for i in range(min(count, len(photographs())))]
     settings = {
@@ -53,36 +53,40 @@ def measure(short: bool, say: Say) -> Report:
         "dtype": str(codec.dtype), "ffmpeg": ffmpeg_program()[1],
     }  # fmt: skip
     report = Report("encoders", "encoding beside picture encoders, ms a picture", settings)
-    say("sightline, a picture on each core")
-    ours = _side_by_side(codec, frames, rounds)
-    for quality in QUALITIES:
-        say(f"sightline, quality {quality}")
-        coded = [to_bytes(each) for each in codec.encode_batch(frames, quality)]
-        works = {str(i): (lambda one=one, q=quality: to_bytes(codec.encode(one, q))) for i, one in enumerate(frames)}
-        alone = sample([one.median for one in in_turns(works, rounds, warm_up=0).values()])
-        report.add(f"sightline quality {quality} ({_bpp(coded, size):.2f} bpp)", ours[quality], "ms")
-        report.add(f"sightline quality {quality}, one after the other", alone, "ms")
-    _pillow(report, [one.rgb for one in frames], rounds)
     rgbs = [one.rgb for one in frames]
-    report.add("ffmpeg alone, to YUV", _ffmpeg(rgbs, NOTHING, "null", 0, 100, rounds)[0], "ms")
-    for name, (arguments, container, points) in GRID.items():
-        for quantiser, scale in points:
-            say(f"{name}, {quantiser}")
-            took, bpp = _ffmpeg(rgbs, arguments, container, quantiser, scale, rounds)
-            report.add(f"{name}, q {quantiser} ({bpp:.2f} bpp)", took, "ms")
-    vvc = {}
-    alike = {quality: point for quality, point in equal_accuracy().items() if quality in ours}
-    for point in [VVC_POINT] if short else dict.fromkeys([*alike.values(), VVC_POINT]):
-        quantiser, _, scale = point.partition("@")
-        say(f"libvvenc faster, QP {quantiser} at {scale} %")
-        took, bpp = _ffmpeg(rgbs, VVC, "vvc", int(quantiser), int(scale), rounds)
-        vvc[point] = took
-        report.add(f"libvvenc faster, QP {quantiser} at {scale} % ({bpp:.2f} bpp)", took, "ms")
+    alike = {quality: point for quality, point in equal_accuracy().items() if quality in QUALITIES}
+    points = [VVC_POINT] if short else list(dict.fromkeys([*alike.values(), VVC_POINT]))
+    with tempfile.TemporaryDirectory(prefix="sightline-bench-") as folder:
+        vvc = {point: _vvc(rgbs, point, Path(folder)) for point in points}
+        say("sightline, a picture on each core, and libvvenc in turns")
+        ours, theirs = _side_by_side(codec, frames, vvc, rounds)
+        for quality in QUALITIES:
+            say(f"sightline, quality {quality}")
+            coded = [to_bytes(each) for each in codec.encode_batch(frames, quality)]
+            works = {
+                str(i): (lambda one=one, q=quality: to_bytes(codec.encode(one, q))) for i, one in enumerate(frames)
+            }
+            alone = sample([one.median for one in in_turns(works, rounds, warm_up=0).values()])
+            report.add(f"sightline quality {quality} ({_bpp(coded, size):.2f} bpp)", ours[quality], "ms")
+            report.add(f"sightline quality {quality}, one after the other", alone, "ms")
+        _pillow(report, rgbs, rounds)
+        nothing = _External(rgbs, NOTHING, "null", 0, 100, Path(folder))
+        report.add("ffmpeg alone, to YUV", nothing.measured(rounds), "ms")
+        for name, (arguments, container, grid) in GRID.items():
+            for quantiser, scale in grid:
+                say(f"{name}, {quantiser}")
+                external = _External(rgbs, arguments, container, quantiser, scale, Path(folder))
+                took = external.measured(rounds)
+                report.add(f"{name}, q {quantiser} ({external.bpp():.2f} bpp)", took, "ms")
+        for point, took in theirs.items():
+            quantiser, _, scale = point.partition("@")
+            name = f"libvvenc faster, QP {quantiser} at {scale} % ({vvc[point].bpp():.2f} bpp)"
+            report.add(name, took, "ms")
     for quality, point in alike.items():
-        if point in vvc:
+        if point in theirs:
             report.add(
                 f"quality {quality} against VVC of its accuracy", ours[quality], "ms",
-                peer=(f"libvvenc faster {point}", vvc[point]), ratio_at_least=TARGET_RATIO,
+                peer=(f"libvvenc faster {point}", theirs[point]), ratio_at_least=TARGET_RATIO,
             )  # fmt: skip
     return report
 
@@ -104,22 +108,27 @@ def equal_accuracy(file: Path = RESULTS) -> dict[int, str]:
     return found
 
 
-def _side_by_side(codec: Codec, frames: Sequence[Frame], rounds: int) -> dict[int, Sample]:
-    """Milliseconds a picture at each quality where each core has pictures of its own."""
+def _side_by_side(
+    codec: Codec, frames: Sequence[Frame], others: Mapping[str, Callable[[], object]], rounds: int
+) -> tuple[dict[int, Sample], dict[str, Sample]]:
+    """Milliseconds a picture, at each quality where each core has pictures of its own, and of each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as lanes:
-            works = {
+            works: dict[str, Callable[[], object]] = {
                 str(quality): lambda quality=quality: list(
                     lanes.map(lambda one: to_bytes(codec.encode(one, quality)), frames)
                 )
                 for quality in QUALITIES
             }
-            found = in_turns(works, rounds)
+            found = {
+                name: took.of(lambda ms: ms / len(frames))
+                for name, took in in_turns(works | {**others}, rounds).items()
+            }
     finally:
         torch.set_num_threads(threads)
-    return {quality: found[str(quality)].of(lambda ms: ms / len(frames)) for quality in QUALITIES}
+    return {quality: found[str(quality)] for quality in QUALITIES}, {name: found[name] for name in others}
 
 
 def _pillow(report: Report, rgbs: Sequence[Rgb], rounds: int) -> None:
@@ -143,26 +152,38 @@ def _pillow(report: Report, rgbs: Sequence[Rgb], rounds: int) -> None:
         report.add(f"{name} ({_bpp(sizes, rgbs[0].shape[:2]):.2f} bpp)", took, "ms")
 
 
-def _ffmpeg(
-    rgbs: Sequence[Rgb], arguments: Sequence[str], container: str, quantiser: int, scale: int, rounds: int
-) -> tuple[Sample, float]:
-    """Milliseconds a picture, and bits a pixel of the original size."""
-    height, width = (2 * round(side * scale / 200) for side in rgbs[0].shape[:2])
-    raw = b"".join(Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS).tobytes() for rgb in rgbs)
-    command = [ffmpeg_program()[0], "-hide_banner", "-nostdin", "-loglevel", "error", "-f", "rawvideo"]
-    command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "1", "-i", "pipe:0"]
-    command += ["-threads", str(len(os.sched_getaffinity(0)))]
-    command += [argument.replace("{q}", str(quantiser)) for argument in arguments]
-    with tempfile.TemporaryDirectory(prefix="sightline-bench-") as folder:
-        out = Path(folder) / "coded"
-        times = []
-        for turn in range(rounds + 1):
-            start = time.perf_counter()
-            subprocess.run([*command, "-y", "-f", container, str(out)], input=raw, check=True, capture_output=True)  # noqa: S603
-            if turn or rounds == 1:
-                times.append((time.perf_counter() - start) * 1e3 / len(rgbs))
-        coded = out.read_bytes() if out.exists() else b""
-    return sample(times), 8 * len(coded) / (rgbs[0].shape[0] * rgbs[0].shape[1] * len(rgbs))
+class _External:
+    """All pictures by one of ffmpeg's encoders, in one process, into a file in `folder`."""
+
+    def __init__(
+        self, rgbs: Sequence[Rgb], arguments: Sequence[str], container: str, quantiser: int, scale: int, folder: Path
+    ) -> None:
+        height, width = (2 * round(side * scale / 200) for side in rgbs[0].shape[:2])
+        small = [Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS) for rgb in rgbs]
+        self.raw = b"".join(one.tobytes() for one in small)
+        self.size, self.count = rgbs[0].shape[:2], len(rgbs)
+        self.out = folder / f"{container}-{quantiser}-{scale}"
+        self.command = [ffmpeg_program()[0], "-hide_banner", "-nostdin", "-loglevel", "error", "-f", "rawvideo"]
+        self.command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "1", "-i", "pipe:0"]
+        self.command += ["-threads", str(len(os.sched_getaffinity(0)))]
+        self.command += [argument.replace("{q}", str(quantiser)) for argument in arguments]
+        self.command += ["-y", "-f", container, str(self.out)]
+
+    def __call__(self) -> None:
+        subprocess.run(self.command, input=self.raw, check=True, capture_output=True)  # noqa: S603 - ours
+
+    def measured(self, rounds: int) -> Sample:
+        """Milliseconds a picture."""
+        return in_turns({"": self}, rounds)[""].of(lambda ms: ms / self.count)
+
+    def bpp(self) -> float:
+        """Bits a pixel of the original size, once it has run."""
+        return 8 * self.out.stat().st_size / (self.size[0] * self.size[1] * self.count)
+
+
+def _vvc(rgbs: Sequence[Rgb], point: str, folder: Path) -> _External:
+    quantiser, _, scale = point.partition("@")
+    return _External(rgbs, VVC, "vvc", int(quantiser), int(scale), folder)
 
 
 def _bpp(coded: Sequence[bytes], size: Sequence[int]) -> float:

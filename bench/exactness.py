@@ -11,7 +11,6 @@ a half may be rounded either way. What must hold is that all read the same in a 
 whatever a process may have switched on (autocast, bfloat16 for float32). Where there is a GPU it is one more.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -149,7 +148,7 @@ def _codec(way: Way) -> Codec:
     if way.torch_alone:
         for module in (codec_module, hyper, integers):
             module.is_compiled_for = lambda device: False  # type: ignore[attr-defined]
-        integers.has_int8_matmul = functools.cache(lambda: False)
+        integers.has_int8_matmul = lambda: False  # type: ignore[assignment]
         codec_module.has_byte_convolution = lambda: False  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision("medium")
     return Codec.load("detection", device=way.device, threads=way.threads)
