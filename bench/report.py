@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.timing import Sample
+from shared.memory import keep_freed_memory
 
 PACKAGES = ("sightline", "torch", "torchvision", "numpy", "numba", "grpcio", "pillow", "compressai", "constriction")
 AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # of a process without AVX-512 and AMX
@@ -168,7 +169,9 @@ def run(document: str | None, name: str, measure: Measure) -> int:
 
 
 def measured(measure: Measure, *, short: bool) -> Report:
-    """Measures, and adds where and with what. What is under way is said on stderr, a line each."""
+    """Measures, and adds where and with what. What is under way is said on stderr, a line each. Memory is kept from
+    frame to frame as the services keep it, for peers too."""
+    keep_freed_memory()
     load_before = os.getloadavg()[0]
     report = measure(short, lambda what: print(what, file=sys.stderr, flush=True))
     report.settings = {"short": short} | report.settings

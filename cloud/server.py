@@ -38,6 +38,7 @@ from cloud.settings import CloudSettings
 from cloud.tasks.loading import load_task
 from shared import logs, tracing
 from shared.codec.codec import Codec
+from shared.memory import keep_freed_memory
 from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
 from shared.quarantine import QuarantineService
@@ -56,6 +57,7 @@ DETECTION = "sightline.v1.DetectionService"
 async def serve(settings: CloudSettings) -> None:
     """Runs the cloud until SIGTERM or SIGINT. Raises InvalidSettings, UnknownModel, InvalidBundle, Unavailable."""
     logs.configure(settings.log_level, settings.log_format)
+    keep_freed_memory()
     registry = CollectorRegistry()
     metrics = CloudMetrics(registry)
     folder = settings.data_dir.expanduser()

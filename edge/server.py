@@ -39,7 +39,7 @@ from shared import logs, tracing
 from shared.codec.codec import Codec
 from shared.errors import InvalidSettings, Unavailable
 from shared.logs import facts
-from shared.memory import release_file_pages
+from shared.memory import keep_freed_memory, release_file_pages
 from shared.metrics import disk_free_bytes, gauge
 from shared.quarantine import SERVICE as QUARANTINE
 from shared.quarantine import QuarantineService
@@ -59,6 +59,7 @@ MESSAGE_OVERHEAD_BYTES = 4096  # of an upload beside its two streams, amply
 async def serve(settings: EdgeSettings) -> None:
     """Serves until SIGTERM or SIGINT. Raises InvalidSettings, InvalidBundle, UnknownModel."""
     logs.configure(settings.log_level, settings.log_format)
+    keep_freed_memory()
     async with stop_on_signal() as stop:
         edge = await unless_stopped(stop, Edge.start(settings))
         if edge is not None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from shared.memory import clean_mappings, release_file_pages
+from shared.memory import clean_mappings, keep_freed_memory, release_file_pages
 
 SMAPS = """\
 7f0000000000-7f0000004000 r-xp 00000000 08:01 77   /lib/code.so
@@ -62,3 +62,27 @@ def test_a_process_works_on_with_a_fraction_of_the_files_pages():
 
 def test_where_there_is_no_list_of_mappings_nothing_happens(tmp_path):
     assert release_file_pages(tmp_path / "none") == 0
+
+
+FAULTS = """
+import resource, sys
+import numpy
+from shared.memory import keep_freed_memory
+
+assert sys.argv[1] == "as it is" or keep_freed_memory()
+for turn in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    parts = [numpy.ones(size << 20, numpy.uint8) for size in (1, 24, 3, 24, 8)]
+    del parts
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="malloc has settings in glibc only")
+def test_the_next_frame_finds_the_memory_of_the_last_one():
+    faults = {}
+    for how in ("as it is", "kept"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        faults[how] = int(done.stdout)
+    assert faults["kept"] < 100 < faults["as it is"]
