@@ -3,7 +3,7 @@
 Pictures are bytes already; activations become bytes too, those after a ReLU in [0, 255] and the others around 128, each
 tensor with one scale; weights are bytes with a scale for each output channel, and sums are exact. The scales come from
 the largest activations on real pictures (`ranges`), which a bundle's manifest has as `ranges`; what is larger is
-clipped. The short cut from pixels to latents and the last layer give float32.
+clipped. The short cut from pixels to latents has two bytes a weight; it and the last layer give float32.
 
 A decoder sees of this only other latents, off by 0.002 squared steps of the finest quality, to which rounding them to
 integers adds forty times that (docs/architecture.md).
@@ -136,15 +136,17 @@ class _ByteConv:
 
 
 class _ShortCut:
-    """The short cut from pixels to latents, a matmul."""
+    """The short cut from pixels to latents, a matmul, with two bytes a weight: the second has what the first leaves."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         side = conv.kernel_size[0] // UNSHUFFLE
         shape = (conv.out_channels, 3, side, UNSHUFFLE, side, UNSHUFFLE)
         weight = conv.weight.detach().float().reshape(shape).permute(0, 2, 4, 3, 5, 1).flatten(1)
-        steps = _steps(weight)
+        coarse = _steps(weight)
+        rest = weight - (weight / coarse[:, None]).round_() * coarse[:, None]
+        both, steps = torch.cat([weight, rest]), torch.cat([coarse, _steps(rest)])
         self.side = side
-        self.weight = (weight / steps[:, None]).round_().to(torch.int8).t().contiguous()
+        self.weight = (both / steps[:, None]).round_().to(torch.int8).t().contiguous()
         self.steps = (steps * _PIXELS.step).numpy()
         self.bias = (_bias(conv) + _ON_PIXELS * weight.sum(1)).numpy()
 

@@ -108,11 +108,16 @@ def unshuffled(rgb, side, out):
 
 @compiled
 def add_scaled(sums, steps, bias, y):
-    """y += bias + sums * steps. `sums`: int32 [P, N]; `steps`, `bias`: float32 [N]; `y`: float32 [P, N]."""
+    """y += bias + sums[:, :N] * steps[:N] + sums[:, N:] * steps[N:].
+
+    `sums`: int32 [P, 2 N]; `steps`: float32 [2 N]; `bias`: float32 [N]; `y`: float32 [P, N].
+    """
+    channels = y.shape[1]
     for p in range(y.shape[0]):
         given, made = sums[p], y[p]
-        for n in range(y.shape[1]):
-            made[n] += bias[n] + float32(given[n]) * steps[n]
+        for n in range(channels):
+            fine = float32(given[channels + n]) * steps[channels + n]
+            made[n] += bias[n] + float32(given[n]) * steps[n] + fine
 
 
 @compiled
