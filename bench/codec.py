@@ -8,8 +8,6 @@ measured where there is a GPU. The last rows are of a process that is told to us
 without AVX-512 and AMX: neither bfloat16 nor products of bytes.
 """
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -17,7 +15,8 @@ import torch
 from compressai.zoo import mbt2018_mean
 
 from bench.pictures import FULL_HD, SMALL, VGA, frame, size_name
-from bench.report import AVX2_ONLY, Report, Say, run
+from bench.processes import AVX2_ONLY, output_of
+from bench.report import Report, Say, run
 from bench.timing import in_turns
 from shared.codec.bitstream import to_bytes
 from shared.codec.codec import Codec
@@ -40,11 +39,8 @@ def measure(short: bool, say: Say) -> Report:
             say(f"{size_name(size)}, quality {quality:g}")
             _compare(report, codec, peer if quality == 4 else None, frame(size), quality, 2 if short else 3)
     say("without AVX-512")
-    made = subprocess.run(  # noqa: S603 - kernels are chosen once a process
-        [sys.executable, "-c", f"from bench.codec import print_one_size; print_one_size({short})"],
-        env=os.environ | AVX2_ONLY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    report.figures += [replace(row, what=f"{row.what}, AVX2 only") for row in Report.from_json(made.stdout).figures]
+    made = output_of(f"from bench.codec import print_one_size; print_one_size({short})", AVX2_ONLY)
+    report.figures += [replace(row, what=f"{row.what}, AVX2 only") for row in Report.from_json(made).figures]
     if torch.cuda.is_available():
         say("1080p on the GPU")
         _gpu(report)

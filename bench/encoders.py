@@ -78,10 +78,9 @@ def measure(short: bool, say: Say) -> Report:
                 external = _External(rgbs, arguments, container, quantiser, scale, Path(folder))
                 took = external.measured(rounds)
                 report.add(f"{name}, q {quantiser} ({external.bpp():.2f} bpp)", took, "ms")
-        for point, took in theirs.items():
-            quantiser, _, scale = point.partition("@")
-            name = f"libvvenc faster, QP {quantiser} at {scale} % ({vvc[point].bpp():.2f} bpp)"
-            report.add(name, took, "ms")
+        for point, one in vvc.items():
+            name = f"libvvenc faster, QP {one.quantiser} at {one.scale} % ({one.bpp():.2f} bpp)"
+            report.add(name, theirs[point], "ms")
     for quality, point in alike.items():
         if point in theirs:
             report.add(
@@ -124,7 +123,7 @@ def _side_by_side(
             }
             # not counted: an edge runs on, its threads on a core each and its caches filled by no other program
             again = {"again": works[str(QUALITIES[0])]}
-            taken = in_turns(again | works | {**others}, rounds)
+            taken = in_turns(again | works | dict(others), rounds)
             found = {name: took.of(lambda ms: ms / len(frames)) for name, took in taken.items()}
     finally:
         torch.set_num_threads(threads)
@@ -161,7 +160,7 @@ class _External:
         height, width = (2 * round(side * scale / 200) for side in rgbs[0].shape[:2])
         small = [Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS) for rgb in rgbs]
         self.raw = b"".join(one.tobytes() for one in small)
-        self.size, self.count = rgbs[0].shape[:2], len(rgbs)
+        self.quantiser, self.scale, self.size, self.count = quantiser, scale, rgbs[0].shape[:2], len(rgbs)
         self.out = folder / f"{container}-{quantiser}-{scale}"
         self.command = [ffmpeg_program()[0], "-hide_banner", "-nostdin", "-loglevel", "error", "-f", "rawvideo"]
         self.command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "1", "-i", "pipe:0"]

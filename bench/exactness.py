@@ -13,8 +13,6 @@ whatever a process may have switched on (autocast, bfloat16 for float32). Where 
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +24,8 @@ import numpy as np
 import torch
 
 from bench.pictures import photographs
-from bench.report import AVX2_ONLY, Report, Say, run
+from bench.processes import AVX2_ONLY, output_of
+from bench.report import Report, Say, run
 from shared.codec import bitstream as bits
 from shared.codec import codec as codec_module
 from shared.codec import hyper, integers
@@ -68,17 +67,20 @@ def measure(short: bool, say: Say) -> Report:
     with tempfile.TemporaryDirectory(prefix="sightline-bench-") as folder:
         for name, way in ways().items():
             say(f"encoding: {name}")
-            _in_a_process(way, f"encode_all({name!r}, {count}, {folder!r})")
+            call = f"encode_all({name!r}, {count}, {folder!r})"
+            output_of(f"from bench.exactness import encode_all; {call}", way.environment)
         differ: dict[str, dict[str, int]] = {}
         for name, way in ways().items():
             say(f"decoding: {name}")
-            differ[name] = json.loads(_in_a_process(way, f"decode_all({name!r}, {folder!r})"))
-        for name in ways():
-            where = [reader for reader in differ if differ[reader][name]]
-            report.add(f"encoded by {name}, decoded by {len(differ)} ways", _most(differ, name), "frames", at_most=0)
-            if where:
-                report.notes.append(f"What {name} encoded is read otherwise by {', '.join(where)}.")
+            call = f"decode_all({name!r}, {folder!r})"
+            differ[name] = json.loads(output_of(f"from bench.exactness import decode_all; {call}", way.environment))
         alike = _files_alike(Path(folder))
+    for name in differ:
+        found = {reader: counts[name] for reader, counts in differ.items()}
+        report.add(f"encoded by {name}, decoded by {len(differ)} ways", max(found.values()), "frames", at_most=0)
+        if any(found.values()):
+            where = ", ".join(reader for reader, number in found.items() if number)
+            report.notes.append(f"What {name} encoded is read otherwise by {where}.")
     report.notes.append(f"Files of all ways are the same bytes for {alike} of {count} frames.")
     return report
 
@@ -156,18 +158,6 @@ def _codec(way: Way) -> Codec:
 
 def _around(way: Way) -> torch.autocast | nullcontext[None]:
     return torch.autocast("cpu", torch.bfloat16) if way.torch_alone else nullcontext()
-
-
-def _in_a_process(way: Way, call: str) -> str:
-    code = f"from bench.exactness import decode_all, encode_all; {call}"
-    done = subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-c", code], env=os.environ | way.environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return done.stdout
-
-
-def _most(differ: dict[str, dict[str, int]], encoder: str) -> int:
-    return max(found[encoder] for found in differ.values())
 
 
 def _files_alike(folder: Path) -> int:

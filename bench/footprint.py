@@ -9,12 +9,10 @@ frame and is idle.
 """
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
 
 from bench.pictures import VGA, jpeg, picture
+from bench.processes import output_of
 from bench.report import Report, Say, resident_bytes, run
 from bench.rpc import compress
 from bench.services import folder_on_disk, started
@@ -60,10 +58,7 @@ def _imports(module: str, rounds: int) -> tuple[Sample, float]:
     """Seconds, and bytes that the process then holds."""
     seconds, held = [], 0.0
     for turn in range(rounds + 1):
-        done = subprocess.run(  # noqa: S603 - our own interpreter
-            [sys.executable, "-c", _TIMED.format(module)], capture_output=True, text=True, check=True, env=os.environ
-        )
-        told = done.stdout.split()
+        told = output_of(_TIMED.format(module)).split()
         if turn:
             seconds.append(float(told[0]))
         held = float(told[1])

@@ -23,7 +23,6 @@ from bench.timing import Sample
 from shared.memory import keep_freed_memory
 
 PACKAGES = ("sightline", "torch", "torchvision", "numpy", "numba", "grpcio", "pillow", "compressai", "constriction")
-AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # of a process without AVX-512 and AMX
 Say = Callable[[str], None]  # told what is under way
 Measure = Callable[[bool, Say], "Report"]
 

@@ -22,8 +22,7 @@ def _import_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     finally:
-        if sys.modules.get(_COMPILER) is stand_in:
-            del sys.modules[_COMPILER]
+        del sys.modules[_COMPILER]
 
 
 def _is_compile_supported(device: str) -> bool:

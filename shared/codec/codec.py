@@ -356,8 +356,7 @@ class Codec:
         if self.h_s.parameters.context:
             means, indexes = self.h_s.given(prior, symbols)
             symbols = self._symbols(y, means, indexes)
-        seen = means.permute(0, 3, 1, 2).cpu().numpy()  # not put in order: an encoder has no use for them after this
-        coded = (z_hat.cpu().numpy(), _channels_first(symbols), seen, _channels_first(indexes))
+        coded = (z_hat.cpu().numpy(), *(_channels_first(column) for column in (symbols, means, indexes)))
         each = zip(*coded, qualities, frames, strict=True)
         return [Symbols(z, s, m, i, quality, frame.height, frame.width) for z, s, m, i, quality, frame in each]
 

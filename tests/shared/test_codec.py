@@ -1,6 +1,5 @@
 """The codec as a whole: any size comes back, the same bits everywhere, and damage is an error, never a crash."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,12 +12,13 @@ import pytest
 import torch
 
 from bench import corruption
+from bench.exactness import digest
 from shared.codec import bitstream as bits
 from shared.codec import rans
 from shared.codec.bundle import compute_model_id
 from shared.codec.codec import Codec
 from shared.codec.hyper import CONTEXT
-from shared.codec.types import Frame, Symbols
+from shared.codec.types import Frame
 from shared.errors import InvalidBitstream, InvalidQuality, NumericalError, UnknownModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,11 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def psnr(a: Frame, b: Frame) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.rgb.astype(float) - b.rgb) ** 2)))
-
-
-def digest(symbols: Symbols) -> str:
-    """SHA-256 over everything the entropy path produced: symbols and y_hat."""
-    return hashlib.sha256(symbols.z_hat.tobytes() + symbols.symbols.tobytes() + symbols.y_hat.tobytes()).hexdigest()
 
 
 def crop(frame: Frame, height: int, width: int) -> Frame:
@@ -187,14 +182,15 @@ def test_batched_and_single_give_the_same_symbols(codec: Codec, photographs: dic
 
 
 IN_ANOTHER_PROCESS = """
-import sys, hashlib, numpy as np, torch
+import sys, numpy as np, torch
 torch.set_num_threads(int(sys.argv[2]))
+from bench.exactness import digest
 from shared.codec.codec import Codec
 from shared.codec import bitstream as bits
 codec = Codec.load("detection")
 if sys.argv[3] == "medium": torch.set_float32_matmul_precision("medium")
 symbols = codec.unpack(bits.from_bytes(open(sys.argv[1], "rb").read(), [codec.model_id]))
-print(hashlib.sha256(symbols.z_hat.tobytes() + symbols.symbols.tobytes() + symbols.y_hat.tobytes()).hexdigest())
+print(digest(symbols))
 np.save(sys.argv[4], codec.synthesise([symbols])[0].rgb)
 """
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.exactness import digest
 from shared.codec import bitstream as bits
 from shared.codec.bundle import MANIFEST, SCALE_TENSOR, load_bundle, save_bundle
 from shared.codec.codec import Codec
 from shared.codec.types import Frame
 from shared.errors import InvalidBundle
-from tests.shared.test_codec import crop, digest, psnr
+from tests.shared.test_codec import crop, psnr
 
 SCALES = np.array([6, 8, 8, 10, 11, 12, 15, 16], np.uint8)
 

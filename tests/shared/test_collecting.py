@@ -48,5 +48,5 @@ def test_a_running_edge_collects_and_leaves_alone_what_started_it(tmp_path: Path
 
 def test_what_was_left_alone_is_freed_at_the_end() -> None:
     """Torch's compiler, which the cloud's imports bring, writes a page to stderr where it is not."""
-    code = "from shared import collecting\nimport sys, torch._dynamo\ncollecting.resume()"
+    code = "from shared import collecting\nimport torch._dynamo\ncollecting.resume()"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
