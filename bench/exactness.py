@@ -35,6 +35,7 @@ from shared.errors import SightlineError
 
 FRAMES, BATCH = 1000, 8
 SIDES = (48, 640)
+PLACES = 32  # at least, to and fro: no two frames of few photographs are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +139,8 @@ def _batches(count: int) -> Iterator[tuple[list[Frame], float]]:
 
 
 def _part(rgb: np.ndarray, height: int, width: int, draw: np.random.Generator) -> Frame:
-    """A part anywhere in a photograph, which is mirrored where it is too small."""
-    missing = (max(0, height - rgb.shape[0]), max(0, width - rgb.shape[1]))
+    """A part anywhere in a photograph, which is mirrored where it is too small to choose a place in."""
+    missing = (max(0, height + PLACES - rgb.shape[0]), max(0, width + PLACES - rgb.shape[1]))
     rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), "symmetric")
     top = int(draw.integers(rgb.shape[0] - height, endpoint=True))
     left = int(draw.integers(rgb.shape[1] - width, endpoint=True))
